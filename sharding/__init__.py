@@ -1,0 +1,1 @@
+"""Meshes, rules and collectives: the only place that names mesh axes."""

@@ -1,0 +1,87 @@
+"""Layers that every network here is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+M = TypeVar("M", bound=nnx.Module)
+Axes = tuple[str | None, ...]
+Initializer = jax.nn.initializers.Initializer
+xavier = jax.nn.initializers.xavier_uniform()
+zeros = jax.nn.initializers.zeros
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, computed in the dtype of `x`. Kernel `[in, out]`, bias `[out]`.
+
+    Args:
+      in_dim, out_dim: sizes of the contracted and of the new last axis.
+      rngs: keys for the initial weights.
+      axes: logical names of the kernel's two axes.
+      use_bias: whether there is a bias.
+      param_dtype: what the weights are stored in.
+      init: initial kernel; the bias starts at zero.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        rngs: nnx.Rngs,
+        *,
+        axes: Axes,
+        use_bias: bool = True,
+        param_dtype: DTypeLike = jnp.float32,
+        init: Initializer = xavier,
+    ):
+        self.kernel = nnx.Param(init(rngs.params(), (in_dim, out_dim), param_dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype), axes=axes[1:]) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Weights may be stored wider (float32 masters) or narrower than the activations: x decides.
+        y = x @ self.kernel[...].astype(x.dtype)  # [.., out]
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32, returned in the dtype of `x`."""
+
+    def __init__(self, dim: int, eps: float, *, axes: Axes = ("embed",)):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)  # bf16 squares lose the small channels
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def normalize(x: jax.Array, eps: float) -> jax.Array:
+    """Layer norm over the last axis without scale or bias; float32 in and out, whatever the dtype of `x`."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias over the last axis, in float32, returned in the dtype of `x`."""
+
+    def __init__(self, dim: int, eps: float, *, axes: Axes = ("embed",)):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32), axes=axes)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (normalize(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
+    """`num_layers` modules as one whose parameters have a leading layer axis, ready for `jax.lax.scan`."""
+    keys = jax.random.split(rngs.params(), num_layers)
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
