@@ -1,0 +1,227 @@
+"""What a mapping table is made of, and the check that a checkpoint fits it exactly.
+
+A table lists, for one network in one layout, every tensor name a checkpoint may hold and the parameter it becomes. In a
+name `{i}` stands for the layer. Where the parameter's path has `{i}` too, the parameter is one element of a list;
+where it has not, the layers are stacked and the tensor is one slice of the parameter's leading axis.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from wanjax.errors import InputError
+
+Shape = tuple[int, ...]
+
+
+class Transform(NamedTuple):
+    """Checkpoint tensor to parameter: the axes `drop`, all of size 1, go; the others are permuted to `order`."""
+
+    drop: tuple[int, ...] = ()
+    order: tuple[int, ...] | None = None
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """The parameter as a view of the checkpoint's tensor."""
+        x = np.squeeze(x, self.drop)
+        return x if self.order is None else x.transpose(self.order)
+
+    def inverse(self, x: np.ndarray) -> np.ndarray:
+        """The checkpoint's tensor as a view of the parameter."""
+        if self.order is not None:
+            x = x.transpose(np.argsort(self.order))
+        return np.expand_dims(x, self.drop)
+
+    def checkpoint_shape(self, shape: Shape) -> Shape:
+        """The checkpoint tensor's shape for a parameter of `shape`."""
+        return self.inverse(np.broadcast_to(np.int8(0), shape)).shape
+
+
+SAME = Transform()
+LINEAR = Transform(order=(1, 0))  # [out, in] -> [in, out]
+CONV2D = Transform(order=(2, 3, 1, 0))  # [out, in, kh, kw] -> [kh, kw, in, out]
+CONV3D = Transform(order=(2, 3, 4, 1, 0))  # [out, in, kt, kh, kw] -> [kt, kh, kw, in, out]
+POINTWISE2D = Transform(drop=(2, 3), order=(1, 0))  # [out, in, 1, 1] -> [in, out]
+
+
+class Rule(NamedTuple):
+    """One line of a table. Several paths: the checkpoint holds them as one tensor, joined along its first axis."""
+
+    key: str
+    paths: tuple[str, ...]
+    transform: Transform
+
+
+def weight(key: str, path: str, transform: Transform = SAME) -> tuple[Rule, ...]:
+    """A single tensor."""
+    return (Rule(key, (path,), transform),)
+
+
+def layer(key: str, path: str, transform: Transform = LINEAR, bias: bool = True) -> tuple[Rule, ...]:
+    """`weight` and `bias` of a linear or convolution layer."""
+    rules = (Rule(f"{key}.weight", (f"{path}.kernel",), transform),)
+    return (*rules, Rule(f"{key}.bias", (f"{path}.bias",), SAME)) if bias else rules
+
+
+def norm(key: str, path: str, bias: bool = False) -> tuple[Rule, ...]:
+    """`weight`, and if it has one `bias`, of a norm."""
+    rules = (Rule(f"{key}.weight", (f"{path}.scale",), SAME),)
+    return (*rules, Rule(f"{key}.bias", (f"{path}.bias",), SAME)) if bias else rules
+
+
+class Table(NamedTuple):
+    """All tensors of one network in one layout.
+
+    `prefix`: may precede every name, or none. `aliases`: second names of tensors, which may be there instead of the
+    first or beside it. `unused`: names (with `*`) of tensors that are known and that the network has no use for.
+    """
+
+    rules: tuple[Rule, ...]
+    prefix: str = ""
+    aliases: Mapping[str, str] = {}
+    unused: tuple[str, ...] = ()
+
+    def standard_name(self, key: str) -> str:
+        """The name without the optional prefix."""
+        return key.removeprefix(self.prefix)
+
+    def is_unused(self, name: str) -> bool:
+        """Whether the standard name is that of a known tensor which the network does not use."""
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
+
+
+class Slot(NamedTuple):
+    """A parameter, or one layer of a stacked one, and its shape."""
+
+    path: str
+    layer: int | None
+    shape: Shape
+
+
+class Entry(NamedTuple):
+    """One tensor of a checkpoint: the slots it fills (joined along its first axis if several) and its shape."""
+
+    slots: tuple[Slot, ...]
+    transform: Transform
+    shape: Shape
+
+    def split(self, x: np.ndarray) -> list[tuple[Slot, np.ndarray]]:
+        """The checkpoint's tensor as views, one per slot."""
+        parts = np.split(x, len(self.slots)) if len(self.slots) > 1 else [x]
+        return [(slot, self.transform.forward(part)) for slot, part in zip(self.slots, parts, strict=True)]
+
+    def join(self, values: list[np.ndarray]) -> np.ndarray:
+        """The checkpoint's tensor from its slots' values."""
+        parts = [self.transform.inverse(value) for value in values]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def expand(
+    rules: Iterable[Rule],
+    shapes: Mapping[str, Shape],
+    names: Callable[[int], Mapping[str, str]] = lambda i: {},
+) -> dict[str, Entry]:
+    """The table of one particular network: every tensor name with what it fills.
+
+    Args:
+      rules: the network's table.
+      shapes: shape of every parameter of the network, by path; rules for parameters that are not there are left out.
+      names: further placeholders of the names, for layer `i`.
+    """
+    entries: dict[str, Entry] = {}
+    for rule in rules:
+        for i, slots in _slots(rule, shapes):
+            item = rule.transform.checkpoint_shape(slots[0].shape)
+            shape = (len(slots) * item[0], *item[1:]) if len(slots) > 1 else item
+            key = rule.key.format(i=i, **(names(i) if i is not None else {}))
+            assert key not in entries, f"two rules for {key}"
+            entries[key] = Entry(slots, rule.transform, shape)
+    _check_covered(entries, shapes)
+    return entries
+
+
+def _slots(rule: Rule, shapes: Mapping[str, Shape]) -> Iterable[tuple[int | None, tuple[Slot, ...]]]:
+    if "{i}" in rule.paths[0]:
+        pattern = re.compile(re.escape(rule.paths[0]).replace(r"\{i\}", r"(\d+)"))
+        for i in sorted(int(m[1]) for m in map(pattern.fullmatch, shapes) if m):
+            paths = [path.format(i=i) for path in rule.paths]
+            yield i, tuple(Slot(path, None, shapes[path]) for path in paths)
+    elif rule.paths[0] in shapes and "{" in rule.key:
+        for i in range(shapes[rule.paths[0]][0]):
+            yield i, tuple(Slot(path, i, shapes[path][1:]) for path in rule.paths)
+    elif rule.paths[0] in shapes:
+        yield None, tuple(Slot(path, None, shapes[path]) for path in rule.paths)
+
+
+def _check_covered(entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> None:
+    """Every element of every parameter is filled once: a table that fails this is a bug, not the user's mistake."""
+    filled = dict.fromkeys(shapes, 0)
+    for entry in entries.values():
+        for slot in entry.slots:
+            filled[slot.path] += math.prod(slot.shape)
+    wrong = [path for path, shape in shapes.items() if filled[path] != math.prod(shape)]
+    assert not wrong, f"not filled exactly once by the mapping table: {wrong}"
+
+
+def count_layers(shapes: Mapping[str, Shape], key: str) -> int:
+    """How many layers there are, by a tensor that each of them has."""
+    count = 0
+    while key.format(i=count) in shapes:
+        count += 1
+    return count
+
+
+def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape], where: str) -> dict[str, Entry]:
+    """Pairs the tensors of a checkpoint with the table's entries, each exactly once.
+
+    Args:
+      table, entries: what is accepted.
+      found: shape of every tensor in the checkpoint, by its name there.
+      where: the file or folder, for messages.
+
+    Returns:
+      Entry of every tensor to read, by its name in the checkpoint. Aliases and known unused tensors are left out.
+
+    Raises:
+      InputError: a tensor is unknown, missing, there under two names, or has another shape than the network.
+    """
+    matched: dict[str, str] = {}
+    unknown = []
+    for key in found:
+        name = table.standard_name(key)
+        if table.is_unused(name):
+            continue
+        if name in table.aliases:
+            name = table.aliases[name]
+            if any(table.standard_name(k) == name for k in found):
+                continue  # the tensor is there under its first name
+        if name not in entries:
+            unknown.append(key)
+        elif name in matched:
+            raise InputError(f"{where} has the tensor {name} twice, as {matched[name]} and as {key}; remove one.")
+        else:
+            matched[name] = key
+    if unknown:
+        raise InputError(f"{where} has {_some(unknown, 'unknown tensor')}; not a Wan2.1 checkpoint of this size.")
+    missing = [name for name in entries if name not in matched]
+    if missing:
+        raise InputError(f"{where} lacks {_some(missing, 'tensor')}; the download may be incomplete.")
+    wrong = [
+        f"{key} (given {list(found[key])}, expected {list(entries[name].shape)})"
+        for name, key in matched.items()
+        if tuple(found[key]) != entries[name].shape
+    ]
+    if wrong:
+        raise InputError(f"{where} has {_some(wrong, 'tensor')} of another shape than its configuration says.")
+    return {key: entries[name] for name, key in matched.items()}
+
+
+def _some(items: list[str], noun: str, limit: int = 5) -> str:
+    head = ", ".join(sorted(items)[:limit])
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return f"{len(items)} {noun}{'s' if len(items) > 1 else ''}: {head}{more}"

@@ -1,0 +1,212 @@
+"""Files of named tensors: safetensors, and PyTorch's .pth where torch is installed. Reading without a second copy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from wanjax.errors import InputError
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+CHUNK_BYTES = 32 * 2**20
+
+
+class TensorInfo(NamedTuple):
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Reader(Protocol):
+    """An open file of tensors."""
+
+    def view(self, key: str) -> np.ndarray:
+        """The tensor, still in the file: read-only, and valid only while the file is open."""
+        ...
+
+    def release(self) -> None:
+        """Gives the memory of what was read so far back to the system; views stay valid."""
+        ...
+
+
+class TensorFile(Protocol):
+    """A closed file of tensors, of which the names, shapes and dtypes are known, in the order of the file."""
+
+    path: Path
+    infos: dict[str, TensorInfo]
+
+    def open(self) -> contextlib.AbstractContextManager[Reader]:
+        """Opens the file for reading."""
+        ...
+
+
+def tensor_file(path: Path) -> TensorFile:
+    """The reader for the file's ending.
+
+    Raises:
+      InputError: the file cannot be read, is truncated or damaged, or is a .pth and torch is not installed.
+    """
+    return PthFile(path) if path.suffix == ".pth" else SafetensorsFile(path)
+
+
+def copy(view: np.ndarray, dtype: np.typing.DTypeLike, reader: Reader) -> np.ndarray:
+    """A contiguous copy in `dtype` of a view into an open file.
+
+    Goes through the file front to back and hands its pages back on the way, so that a transposed tensor never is in
+    memory twice; that order is also the fast one. The copy's address is a multiple of 64: JAX adopts such an array on
+    the CPU instead of copying it once more.
+    """
+    out = aligned(view.shape, dtype)
+    if view.size == 0:
+        return out
+    outer = int(np.argmax(view.strides)) if view.ndim else 0
+    step = max(1, CHUNK_BYTES * view.shape[outer] // view.nbytes) if view.ndim else 1
+    for start in range(0, view.shape[outer] if view.ndim else 1, step):
+        chunk = (*[slice(None)] * outer, slice(start, start + step)) if view.ndim else ()
+        out[chunk] = view[chunk]
+        reader.release()
+    return out
+
+
+def aligned(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
+    """An uninitialised array whose address is a multiple of 64."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
+class SafetensorsFile:
+    """A safetensors file (format: github huggingface/safetensors, README).
+
+    Read here and not by the library because its numpy reader copies every tensor and keeps what it read in memory
+    until the file is closed: twice the file while loading.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if 8 + length <= size else None
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); check that it is there.") from error
+        except (ValueError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is not a safetensors file; download it again.") from error
+        if not isinstance(header, dict):
+            raise InputError(f"{path} is truncated or not a safetensors file; download it again.")
+        try:
+            self._read_header(header, 8 + length, size)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} has a damaged header ({error}); download it again.") from error
+
+    def _read_header(self, header: dict[str, Any], base: int, size: int) -> None:
+        header.pop("__metadata__", None)
+        self.infos, self._start = {}, {}
+        end = base
+        for key, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            info = TensorInfo(tuple(item["shape"]), np.dtype(DTYPES[item["dtype"]]))
+            start, stop = (base + offset for offset in item["data_offsets"])
+            if start != end or stop - start != math.prod(info.shape) * info.dtype.itemsize:
+                raise ValueError(f"offsets of {key}")
+            self.infos[key], self._start[key], end = info, start, stop
+        if end != size:
+            raise InputError(f"{self.path} has {size} bytes instead of {end}: truncated; download it again.")
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Maps the file into memory; it is unmapped with the last view."""
+        with self.path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        yield _MappedReader(self.infos, self._start, mapping)
+
+
+class _MappedReader:
+    def __init__(self, infos: dict[str, TensorInfo], start: dict[str, int], mapping: mmap.mmap):
+        self._infos, self._start, self._mapping = infos, start, mapping
+
+    def view(self, key: str) -> np.ndarray:
+        shape, dtype = self._infos[key]
+        flat = np.frombuffer(self._mapping, dtype, math.prod(shape), self._start[key])
+        return flat.reshape(shape)
+
+    def release(self) -> None:
+        if hasattr(mmap, "MADV_DONTNEED"):  # mapped pages count as ours until they are unmapped or given back
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+
+class PthFile:
+    """A state dict written by `torch.save`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        tensors = _torch_load(path)
+        self.infos = {key: TensorInfo(x.shape, x.dtype) for key, x in tensors.items()}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Reader]:
+        """Maps the file into memory; it is unmapped with the last view."""
+        yield _TorchReader(_torch_load(self.path))
+
+
+class _TorchReader:
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        self._tensors = tensors
+
+    def view(self, key: str) -> np.ndarray:
+        return self._tensors[key]
+
+    def release(self) -> None:
+        """The mapping belongs to torch, which gives it back as a whole."""
+
+
+def _torch_load(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a state dict as a view into the mapped file."""
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            f"{path.name} needs torch, which is not installed: pip install 'wanjax[torch]', "
+            f"or put {path.stem}.safetensors with the same names beside it."
+        ) from error
+    if not path.is_file():
+        raise InputError(f"{path} is not there.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file raises whatever the damaged part leads to
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{path} is not a PyTorch state dict or is damaged ({reason}); download it again.") from error
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise InputError(f"{path} holds something else than a dict of tensors; give the state dict.")
+    return {key: _numpy(x) for key, x in state.items()}
+
+
+def _numpy(x: Any) -> np.ndarray:
+    import torch
+
+    if x.dtype == torch.bfloat16:  # numpy knows the type only through ml_dtypes: pass the bits
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
