@@ -1,0 +1,146 @@
+"""The DiT against the reference implementations, and its own invariants."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from wanjax.config import DiTConfig
+from wanjax.convert import Checkpoint
+from wanjax.models.dit import DiT, timestep_features, unpatchify
+from wanjax.models.rope import axis_dims, make_rotation, rotate
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def channels_last(x):
+    return np.moveaxis(x, 1, -1)
+
+
+def pad_text(x, length=512):
+    return np.pad(x[:length], ((0, max(0, length - len(x))), (0, 0)))[None]
+
+
+@functools.cache
+def load(layout):
+    checkpoint = Checkpoint(GOLDEN / layout)
+    return checkpoint.load("dit", checkpoint.config("dit")), np.load(GOLDEN / layout / "expected.npz")
+
+
+def close(ours, reference):
+    assert np.abs(np.asarray(ours) - reference).max() <= 1e-4 * max(1, np.abs(reference).max())
+
+
+def diffusers_inputs(expected):
+    latents = np.concatenate([expected["init_noise"], expected["condition"]], axis=1)
+    clip = expected["clip_features"]
+    return channels_last(latents), expected["prompt_embeds"], clip.reshape(1, -1, clip.shape[-1])
+
+
+def official_inputs(expected, text="prompt_context"):
+    latents = np.concatenate([expected["init_noise"], expected["y"]], axis=0)[None]
+    clip = expected["clip_features"]
+    return channels_last(latents), pad_text(expected[text]), clip.reshape(1, -1, clip.shape[-1])
+
+
+@jax.jit
+def velocity(dit, latents, timestep, text, image):
+    return dit(latents, timestep, dit.context(text, image))
+
+
+def test_velocity_equals_diffusers():
+    dit, expected = load("diffusers")
+    latents, text, image = diffusers_inputs(expected)
+    timestep = np.atleast_1d(expected["dit_timestep"]).astype(np.float32)
+    close(velocity(dit, latents, timestep, text, image), channels_last(expected["dit_velocity"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("prompt_context", "dit_velocity"), ("negative_context", "dit_velocity_negative")]
+)
+def test_velocity_equals_official(text, name):
+    dit, expected = load("official")
+    latents, text, image = official_inputs(expected, text)
+    timestep = expected["dit_t"].astype(np.float32)
+    close(velocity(dit, latents, timestep, text, image), channels_last(expected[name][None]))
+
+
+def test_guidance_batch_equals_two_calls():
+    dit, expected = load("official")
+    latents, text, image = official_inputs(expected)
+    negative = pad_text(expected["negative_context"])
+    twice = [np.concatenate([x, x]) for x in (latents, image)]
+    timestep = np.full(2, expected["dit_t"][0], np.float32)
+    out = velocity(dit, twice[0], timestep, np.concatenate([text, negative]), twice[1])
+    close(out[:1], channels_last(expected["dit_velocity"][None]))
+    close(out[1:], channels_last(expected["dit_velocity_negative"][None]))
+
+
+def test_zero_rows_behind_the_prompt_are_attended_to():
+    dit, expected = load("official")
+    latents, text, image = official_inputs(expected)
+    timestep = expected["dit_t"].astype(np.float32)
+    cut = velocity(dit, latents, timestep, text[:, : len(expected["prompt_context"])], image)
+    assert np.abs(np.asarray(cut) - channels_last(expected["dit_velocity"][None])).max() > 0.1
+
+
+def test_bfloat16_is_close_and_its_output_float32():
+    checkpoint = Checkpoint(GOLDEN / "official")
+    dit = checkpoint.load("dit", checkpoint.config("dit", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    expected = np.load(GOLDEN / "official/expected.npz")
+    latents, text, image = official_inputs(expected)
+    out = velocity(dit, latents, expected["dit_t"].astype(np.float32), text, image)
+    reference = channels_last(expected["dit_velocity"][None])
+    assert out.dtype == jnp.float32
+    assert np.linalg.norm(out - reference) <= 0.05 * np.linalg.norm(reference)
+    kept = (dit.blocks.modulation, dit.blocks.norm_cross.scale, dit.time_embedding.fc_in.kernel)
+    assert {p.dtype for p in kept} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_rope_equals_complex_rotation_in_float64(head_dim):
+    grid = (3, 5, 7)
+    x = np.random.default_rng(0).normal(size=(1, 3 * 5 * 7, 2, head_dim))
+    positions = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), -1).reshape(-1, 3)  # [l, 3]
+    angles = [
+        positions[:, i, None] * 10000.0 ** -(np.arange(0, dim, 2) / dim) for i, dim in enumerate(axis_dims(head_dim))
+    ]
+    turn = np.exp(1j * np.concatenate(angles, -1))[None, :, None]  # [1, l, 1, d / 2]
+    rotated = (x[..., ::2] + 1j * x[..., 1::2]) * turn
+    reference = np.stack([rotated.real, rotated.imag], -1).reshape(x.shape)
+    ours = rotate(jnp.asarray(x, jnp.float32), make_rotation(grid, head_dim))
+    np.testing.assert_allclose(ours, reference, atol=2e-6)
+
+
+def test_rope_keeps_float32_accuracy_at_720p():
+    rotation = make_rotation((21, 45, 80), 128)
+    angle = 79 * 10000.0 ** -(np.arange(0, 42, 2) / 42)  # the last column
+    np.testing.assert_allclose(rotation.cos[-1, -42::2], np.cos(angle), atol=1e-7)
+    np.testing.assert_allclose(rotation.sin[-1, -41::2], np.sin(angle), atol=1e-7)
+
+
+def test_timestep_features_equal_float64():
+    timestep = np.concatenate([np.arange(1001), [0.25, 333.3, 999.9]]).astype(np.float32)
+    angle = np.outer(timestep.astype(np.float64), 10000.0 ** -(np.arange(128) / 128))
+    reference = np.concatenate([np.cos(angle), np.sin(angle)], -1)
+    np.testing.assert_allclose(timestep_features(jnp.asarray(timestep), 256), reference, atol=2e-6)
+
+
+def test_unpatchify_puts_patches_where_they_came_from():
+    latents = np.arange(2 * 3 * 4 * 6 * 5, dtype=np.float32).reshape(2, 3, 4, 6, 5)
+    tokens = latents.reshape(2, 3, 2, 2, 3, 2, 5).transpose(0, 1, 2, 4, 3, 5, 6).reshape(2, 18, 20)
+    np.testing.assert_array_equal(unpatchify(jnp.asarray(tokens), (3, 2, 3), (1, 2, 2)), latents)
+
+
+def test_published_sizes():
+    """Parameters of diffusers' WanTransformer3DModel of the same configuration on the meta device (test_live.py)."""
+    small = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_channels": 16}
+    t2v = DiTConfig(**small, image_dim=None, image_positions=0)
+    for config, count in ((DiTConfig(), 16_395_536_704), (t2v, 1_418_996_800)):
+        model = jax.eval_shape(lambda config=config: DiT(config, nnx.Rngs(0)))
+        assert sum(x.size for x in jax.tree.leaves(model)) == count
+    assert (DiTConfig().task, DiTConfig(image_positions=0).task, t2v.task) == ("flf2v", "i2v", "t2v")

@@ -1,0 +1,278 @@
+"""The Wan2.1 diffusion transformer (arXiv 2503.20314, section 4.2; Wan2.1 `wan/modules/model.py`).
+
+    context  = dit.context(text, image)              # once per video: every layer's cross-attention keys and values
+    velocity = dit(latents, timestep, context)       # every step
+
+A block is: self-attention and feed-forward, both modulated by the timestep (adaLN), with an unmodulated
+cross-attention between them. Text and image are attended to separately with the same queries and added.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wanjax.config import DiTConfig
+from wanjax.models.layers import LayerNorm, Linear, RMSNorm, normalize, stack, xavier, zeros
+from wanjax.models.rope import Rotation, make_rotation, rotate
+from wanjax.ops.attention import attention
+
+normal = jax.nn.initializers.normal(0.02)
+
+
+class Context(NamedTuple):
+    """Keys and values of the text and of the images for every block; the image's are None for t2v.
+
+    Shapes `[layers, b, l, n, d]`; inside a block without the layer axis.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_image: jax.Array | None
+    v_image: jax.Array | None
+
+
+class DiT(nnx.Module):
+    """Predicts the velocity of noisy latents."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        c = self.config = config
+        self.patch_embedding = PatchEmbedding(c, rngs)
+        self.text_embedding = MLP(c.text_dim, c.dim, c.dim, rngs, param_dtype=c.param_dtype, init=normal)
+        # The time path is float32 throughout: bf16 cannot tell neighbouring timesteps apart.
+        self.time_embedding = MLP(c.freq_dim, c.dim, c.dim, rngs, param_dtype=jnp.float32, init=normal)
+        self.time_projection = Linear(c.dim, 6 * c.dim, rngs, axes=("embed", "mlp"), param_dtype=c.param_dtype)
+        self.image_embedding = ImageEmbedding(c, rngs) if c.image_dim is not None else None
+        self.blocks = stack(lambda rngs: Block(c, rngs), c.num_layers, rngs)
+        self.head = Head(c, rngs)
+
+    def context(self, text: jax.Array, image: jax.Array | None = None) -> Context:
+        """Project text and image features to every block's cross-attention keys and values.
+
+        They do not depend on the timestep, so a video needs this once.
+
+        Args:
+          text: umT5 features `[b, text_len, text_dim]`, zero rows behind the prompt. Those rows are attended to.
+          image: CLIP features `[b, l, image_dim]` of the given frames one after the other; None without images.
+        """
+        text_tokens = self.text_embedding(text.astype(self.config.dtype), jax.nn.gelu)  # [b, text_len, e]
+        image_tokens = None
+        if image is not None and self.image_embedding is not None:
+            image_tokens = self.image_embedding(image.astype(self.config.dtype))  # [b, l, e]
+
+        def project(_: None, block: Block) -> tuple[None, Context]:
+            return None, block.cross_attention.context(text_tokens, image_tokens)
+
+        return jax.lax.scan(project, None, self.blocks)[1]
+
+    def __call__(self, latents: jax.Array, timestep: jax.Array, context: Context) -> jax.Array:
+        """Velocity of `latents`.
+
+        Args:
+          latents: noise and control branch `[b, f, h, w, in_channels]`; h and w divisible by the patch.
+          timestep: `[b]`, in [0, 1000]; the official sampler truncates it to an integer first.
+          context: what `context()` returned.
+
+        Returns:
+          `[b, f, h, w, out_channels]`, float32.
+        """
+        c = self.config
+        x, grid = self.patch_embedding(latents.astype(c.dtype))  # [b, l, e]
+        rotation = make_rotation(grid, c.head_dim)
+        time = self.time_embedding(timestep_features(timestep, c.freq_dim), jax.nn.silu)  # [b, e]
+        modulation = self.time_projection(jax.nn.silu(time)).reshape(-1, 6, c.dim)  # [b, 6, e]
+
+        def step(x: jax.Array, layer: tuple[Block, Context]) -> tuple[jax.Array, None]:
+            block, block_context = layer
+            return block(x, modulation, rotation, block_context), None
+
+        x, _ = jax.lax.scan(step, x, (self.blocks, context))
+        return unpatchify(self.head(x, time), grid, c.patch_size)  # [b, f, h, w, c]
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention, feed-forward."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        c = config
+        self.self_attention = SelfAttention(c, rngs)
+        self.norm_cross = LayerNorm(c.dim, c.eps)
+        self.cross_attention = CrossAttention(c, rngs)
+        self.ffn = MLP(c.dim, c.ffn_dim, c.dim, rngs, param_dtype=c.param_dtype)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, c.dim)) / c.dim**0.5, axes=(None, "embed"))
+        self.eps = c.eps
+
+    def __call__(self, x: jax.Array, modulation: jax.Array, rotation: Rotation, context: Context) -> jax.Array:
+        """`x` `[b, l, e]`, `modulation` float32 `[b, 6, e]`."""
+        m = self.modulation[...][None] + modulation  # [b, 6, e]
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.split(m, 6, axis=1)  # [b, 1, e] each
+
+        y = self.self_attention(modulate(x, shift_attn, scale_attn, self.eps), rotation)
+        x = add_gated(x, y, gate_attn)
+        x = x + self.cross_attention(self.norm_cross(x), context)
+        y = self.ffn(modulate(x, shift_ffn, scale_ffn, self.eps), jax.nn.gelu)
+        return add_gated(x, y, gate_ffn)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Layer norm without parameters, then scale and shift; float32 inside, returned in the dtype of `x`."""
+    return (normalize(x, eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def add_gated(x: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:
+    """`x + gate * y`, summed in float32 because the gate is float32."""
+    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
+
+
+class SelfAttention(nnx.Module):
+    """Full attention over all tokens, with RMS-normed queries and keys and rotary positions."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        c = config
+        self.q, self.k, self.v = (projection(c, rngs) for _ in range(3))
+        self.o = projection(c, rngs, axes=("heads", "embed"))
+        # Over the whole model dim, before the heads are split.
+        self.norm_q, self.norm_k = (RMSNorm(c.dim, c.eps, axes=("heads",)) for _ in range(2))
+        self.num_heads = c.num_heads
+
+    def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), rotation)  # [b, l, n, d]
+        k = rotate(split_heads(self.norm_k(self.k(x)), self.num_heads), rotation)
+        v = split_heads(self.v(x), self.num_heads)
+        return self.o(attention(q, k, v).reshape(x.shape))  # [b, l, e]
+
+
+class CrossAttention(nnx.Module):
+    """Queries from the video; keys and values from the text and, apart from it, from the images."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        c = config
+        self.q, self.k, self.v = (projection(c, rngs) for _ in range(3))
+        self.o = projection(c, rngs, axes=("heads", "embed"))
+        self.norm_q, self.norm_k = (RMSNorm(c.dim, c.eps, axes=("heads",)) for _ in range(2))
+        has_image = c.image_dim is not None
+        self.k_image = projection(c, rngs) if has_image else None
+        self.v_image = projection(c, rngs) if has_image else None
+        self.norm_k_image = RMSNorm(c.dim, c.eps, axes=("heads",)) if has_image else None
+        self.num_heads = c.num_heads
+
+    def context(self, text: jax.Array, image: jax.Array | None) -> Context:
+        """Keys and values of text tokens `[b, text_len, e]` and image tokens `[b, l, e]`."""
+        k = split_heads(self.norm_k(self.k(text)), self.num_heads)  # [b, text_len, n, d]
+        v = split_heads(self.v(text), self.num_heads)
+        if image is None or self.k_image is None or self.v_image is None or self.norm_k_image is None:
+            return Context(k, v, None, None)
+        k_image = split_heads(self.norm_k_image(self.k_image(image)), self.num_heads)  # [b, l, n, d]
+        return Context(k, v, k_image, split_heads(self.v_image(image), self.num_heads))
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
+        y = attention(q, context.k, context.v)
+        if context.k_image is not None and context.v_image is not None:
+            y = y + attention(q, context.k_image, context.v_image)
+        return self.o(y.reshape(x.shape))  # [b, l, e]
+
+
+def projection(config: DiTConfig, rngs: nnx.Rngs, axes: tuple[str, str] = ("embed", "heads")) -> Linear:
+    """One of the q, k, v, o layers."""
+    return Linear(config.dim, config.dim, rngs, axes=axes, param_dtype=config.param_dtype)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """`[b, l, e]` -> `[b, l, n, d]`."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+class MLP(nnx.Module):
+    """Two linear layers with an activation between them. GELU is the tanh form, as `jax.nn.gelu` defaults to."""
+
+    def __init__(self, in_dim: int, hidden: int, out_dim: int, rngs: nnx.Rngs, *, param_dtype, init=xavier):
+        self.fc_in = Linear(in_dim, hidden, rngs, axes=("embed", "mlp"), param_dtype=param_dtype, init=init)
+        self.fc_out = Linear(hidden, out_dim, rngs, axes=("mlp", "embed"), param_dtype=param_dtype, init=init)
+
+    def __call__(self, x: jax.Array, activation) -> jax.Array:
+        return self.fc_out(activation(self.fc_in(x)))
+
+
+class ImageEmbedding(nnx.Module):
+    """CLIP features of the given frames to image tokens. Exact GELU; layer norms with eps 1e-5."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        c, width = config, config.image_dim
+        assert width is not None
+        self.norm_in = LayerNorm(width, 1e-5)
+        self.fc_in = Linear(width, width, rngs, axes=("embed", "mlp"), param_dtype=c.param_dtype)
+        self.fc_out = Linear(width, c.dim, rngs, axes=("mlp", "embed"), param_dtype=c.param_dtype)
+        self.norm_out = LayerNorm(c.dim, 1e-5)
+        positions = jnp.zeros((c.image_positions, width), jnp.float32)
+        self.positions = nnx.Param(positions, axes=(None, "embed")) if c.image_positions else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[b, l, image_dim]` -> `[b, l, e]`; one frame alone takes the first half of the positions."""
+        if self.positions is not None:
+            x = x + self.positions[: x.shape[1]][None].astype(x.dtype)
+        x = jax.nn.gelu(self.fc_in(self.norm_in(x)), approximate=False)
+        return self.norm_out(self.fc_out(x))  # [b, l, e]
+
+
+class PatchEmbedding(nnx.Module):
+    """Non-overlapping patches to tokens: a convolution whose stride is its kernel."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        c = config
+        fan_in = int(np.prod(c.patch_size)) * c.in_channels
+        kernel = xavier(rngs.params(), (fan_in, c.dim), c.param_dtype).reshape(*c.patch_size, c.in_channels, c.dim)
+        self.kernel = nnx.Param(kernel, axes=(None, None, None, None, "embed"))
+        self.bias = nnx.Param(jnp.zeros((c.dim,), c.param_dtype), axes=("embed",))
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[int, int, int]]:
+        """`[b, f, h, w, c]` -> tokens `[b, l, e]` in (f, h, w) order, and the grid of patches."""
+        kernel = self.kernel[...].astype(x.dtype)
+        dims = ("NDHWC", "DHWIO", "NDHWC")
+        x = jax.lax.conv_general_dilated(x, kernel, kernel.shape[:3], "VALID", dimension_numbers=dims)
+        b, *grid, e = x.shape
+        x = x.reshape(b, -1, e)  # [b, l, e]
+        return x + self.bias[...].astype(x.dtype), (grid[0], grid[1], grid[2])
+
+
+class Head(nnx.Module):
+    """Tokens to patches of velocity, modulated by the time embedding itself (not its projection)."""
+
+    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
+        c = config
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, c.dim)) / c.dim**0.5, axes=(None, "embed"))
+        out_dim = int(np.prod(c.patch_size)) * c.out_channels
+        self.linear = Linear(c.dim, out_dim, rngs, axes=("embed", None), param_dtype=c.param_dtype, init=zeros)
+        self.eps = c.eps
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        """`x` `[b, l, e]`, `time` float32 `[b, e]` -> `[b, l, pt * ph * pw * c]`, float32."""
+        shift, scale = jnp.split(self.modulation[...][None] + time[:, None], 2, axis=1)  # [b, 1, e]
+        return self.linear(modulate(x, shift, scale, self.eps)).astype(jnp.float32)  # solvers work in float32
+
+
+def unpatchify(x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
+    """`[b, l, pt * ph * pw * c]` -> `[b, f, h, w, c]`."""
+    b, (f, h, w), (pt, ph, pw) = x.shape[0], grid, patch
+    x = x.reshape(b, f, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [b, f, pt, h, ph, w, pw, c]
+    return x.reshape(b, f * pt, h * ph, w * pw, -1)  # [b, f, h, w, c]
+
+
+def timestep_features(timestep: jax.Array, dim: int) -> jax.Array:
+    """Cosines, then sines, of the timestep at `dim / 2` frequencies: `[b]` -> `[b, dim]`, float32.
+
+    The reference uses float64. Here the frequency, in turns, is split so that its product with the timestep's integer
+    part is exact in float32; dropping whole turns then leaves an angle that is good to 1e-6.
+    """
+    turns = 10000.0 ** -(np.arange(dim // 2) / (dim // 2)) / (2 * np.pi)
+    high = np.round(turns * 2.0**16) / 2.0**16  # 14 bits at most, and 10 for the integer part: 24 in all
+    timestep = timestep.astype(jnp.float32)[:, None]  # [b, 1]
+    whole = jnp.floor(timestep)
+    exact = whole * high.astype(np.float32)[None]  # [b, dim / 2]
+    rest = (timestep - whole) * high.astype(np.float32)[None] + timestep * (turns - high).astype(np.float32)[None]
+    angle = 2 * np.pi * (exact - jnp.floor(exact) + rest)
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # [b, dim]

@@ -1,0 +1,60 @@
+"""Three-dimensional rotary position embedding (Wan2.1 `wan/modules/model.py`: rope_params, rope_apply).
+
+Channel pairs (2i, 2i+1) of a head are rotated by an angle that grows with the token's position. Of head dim d, the
+first d - 4 (d // 6) channels see the latent frame, the next 2 (d // 6) the row, the last 2 (d // 6) the column.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+THETA = 10000.0
+
+
+class Rotation(NamedTuple):
+    """Cosine and signed sine for every token and channel, float32 `[l, d]`."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that see time, height and width."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def make_rotation(grid: tuple[int, int, int], head_dim: int) -> Rotation:
+    """The rotation of every token of a `(f, h, w)` grid of patches, in (f, h, w) order.
+
+    Angles, sines and cosines are taken in float64 on the host, one short table an axis, and only spread over the grid
+    on the device: float32 angles would be wrong by 1e-5 at position 100, the whole table would weigh 77 MB at 720p.
+    """
+    cos, sin = [], []
+    for axis, (size, dim) in enumerate(zip(grid, axis_dims(head_dim), strict=True)):
+        frequencies = THETA ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
+        angles = np.repeat(np.outer(np.arange(size), frequencies), 2, axis=1)  # [size, dim]
+        signs = np.tile([-1.0, 1.0], dim // 2)
+        shape = [1, 1, 1, dim]
+        shape[axis] = size
+        for out, table in ((cos, np.cos(angles)), (sin, np.sin(angles) * signs)):
+            table = jnp.asarray(table.reshape(shape), jnp.float32)
+            out.append(jnp.broadcast_to(table, (*grid, dim)))  # [f, h, w, dim]
+    flat = (grid[0] * grid[1] * grid[2], head_dim)
+    return Rotation(*(jnp.concatenate(parts, axis=-1).reshape(flat) for parts in (cos, sin)))  # [l, d]
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotate `x` `[b, l, n, d]`; float32 inside, returned in the dtype of `x`.
+
+    The partner of each channel comes from two rolls and a select: unlike strided slices or a `[.., d/2, 2]` reshape,
+    this keeps the channels on the vector lanes and compiles on every target.
+    """
+    even = np.arange(x.shape[-1]) % 2 == 0
+    partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    cos, sin = (table[None, :, None, :] for table in rotation)  # [1, l, 1, d]
+    return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
