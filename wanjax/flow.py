@@ -1,0 +1,97 @@
+"""Flow matching: the straight path between data and noise, and what a network learns on it.
+
+    x_t      = (1 - s) x0 + s noise          s = sigma: 0 is data, 1 is noise
+    velocity = noise - x0 = d x_t / d s      what the network predicts
+    x0       = x_t - s velocity
+    noise    = x_t + (1 - s) velocity
+    shift    : s -> shift s / (1 + (shift - 1) s), which adds log(shift) to logit(s): more noise for shift > 1
+    timestep = 1000 s                        what the network is told
+    sigmas   ~ sigmoid(mean + std N(0, 1)), shifted
+
+Source: Wan (arXiv 2503.20314, section 4.2), Stable Diffusion 3 (arXiv 2403.03206) for the logit-normal and the shift.
+Everything is computed and returned in float32: bfloat16 has 8 bits, and s moves by less than that between steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+NUM_TIMESTEPS = 1000
+
+
+def shift_sigma(sigma: Any, shift: float) -> Any:
+    """Shifted noise level, in the number type of `sigma` (numpy float64 on the host, jax float32 inside a step).
+
+    Args:
+      sigma: noise level(s) in [0, 1], any shape.
+      shift: positive; 1 changes nothing.
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sample_sigmas(key: jax.Array, batch: int, *, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> jax.Array:
+    """Noise levels for a training batch: shifted logit-normal, float32 `[b]` in [0, 1].
+
+    Args:
+      key: PRNG key.
+      batch: how many.
+      mean, std: of the normal under the sigmoid.
+      shift: positive; applied after the sigmoid.
+    """
+    normal = jax.random.normal(key, (batch,), jnp.float32)  # [b]
+    return shift_sigma(jax.nn.sigmoid(mean + std * normal), shift)
+
+
+def timestep(sigma: jax.Array) -> jax.Array:
+    """What the network is told for noise level `sigma`: 0 to 1000, not truncated."""
+    return NUM_TIMESTEPS * sigma
+
+
+def interpolate(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """`x_t`, float32.
+
+    Args:
+      x0, noise: `[b, ..]`.
+      sigma: `[b]`.
+    """
+    s = _per_sample(sigma, x0)
+    return (1 - s) * _float32(x0) + s * _float32(noise)
+
+
+def velocity(x0: jax.Array, noise: jax.Array) -> jax.Array:
+    """The training target `noise - x0`, float32 `[b, ..]`."""
+    return _float32(noise) - _float32(x0)
+
+
+def to_x0(x_t: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The data that `velocity` points to, float32. `x_t`, `velocity` `[b, ..]`; `sigma` `[b]`."""
+    return _float32(x_t) - _per_sample(sigma, x_t) * _float32(velocity)
+
+
+def to_noise(x_t: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The noise that `velocity` comes from, float32. `x_t`, `velocity` `[b, ..]`; `sigma` `[b]`."""
+    return _float32(x_t) + (1 - _per_sample(sigma, x_t)) * _float32(velocity)
+
+
+def loss(prediction: jax.Array, target: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """Mean squared error of each sample, float32 `[b]`; the caller takes the mean over the batch.
+
+    Args:
+      prediction, target: velocities `[b, ..]`.
+      weight: `[b]`, multiplied onto each sample's error; None: all one.
+    """
+    error = _float32(prediction) - _float32(target)
+    mse = jnp.mean(error * error, axis=tuple(range(1, error.ndim)))  # [b]
+    return mse if weight is None else _float32(weight) * mse
+
+
+def _float32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _per_sample(sigma: jax.Array, x: jax.Array) -> jax.Array:
+    """`[b]` -> `[b, 1, ..]` of the rank of `x`."""
+    return jnp.expand_dims(_float32(sigma), tuple(range(1, x.ndim)))  # [b, 1, ..]
