@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from wanjax import conditioning
+from wanjax.errors import InputError
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def test_official_mask_and_branch():
+    golden = np.load(GOLDEN / "official" / "expected.npz")
+    given = conditioning.given_frames("flf2v", 17)
+    mask = conditioning.latent_mask(given[None], 8, 12)
+    np.testing.assert_array_equal(mask[0], np.moveaxis(golden["y_mask"], 0, -1))
+    branch = conditioning.control_branch(mask, jnp.moveaxis(golden["y_latent"], 0, -1)[None])
+    np.testing.assert_array_equal(branch[0], np.moveaxis(golden["y"], 0, -1))
+
+
+def test_diffusers_mask():
+    condition = np.moveaxis(np.load(GOLDEN / "diffusers" / "expected.npz")["condition"], 1, -1)
+    _, f, h, w, _ = condition.shape
+    mask = conditioning.latent_mask(conditioning.given_frames("flf2v", 4 * f - 3)[None], h, w)
+    np.testing.assert_array_equal(mask, condition[..., :4])
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 33, 81, 121])
+def test_any_length(frames):
+    mask = conditioning.latent_mask(conditioning.given_frames("flf2v", frames)[None], 1, 1)[0, :, 0, 0]
+    expected = np.zeros((conditioning.latent_frames(frames), 4))
+    expected[-1, 3] = 1
+    expected[0] = 1
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_tasks():
+    def given(*arguments, **options):
+        return np.flatnonzero(conditioning.given_frames(*arguments, **options)).tolist()
+
+    assert given("t2v", 13) == []
+    assert given("i2v", 13) == [0]
+    assert given("flf2v", 13) == [0, 12]
+    assert given("continuation", 13, count=5) == [0, 1, 2, 3, 4]
+    assert given("interpolation", 13, indices=[3, 0, -2]) == [0, 3, 11]
+
+
+def test_mask_of_mixed_tasks():
+    given = np.stack(
+        [
+            conditioning.given_frames("t2v", 9),
+            conditioning.given_frames("i2v", 9),
+            conditioning.given_frames("continuation", 9, count=4),
+            conditioning.given_frames("interpolation", 9, indices=[2, 5]),
+        ]
+    )
+    mask = jax.jit(conditioning.latent_mask, static_argnums=(1, 2))(given, 2, 3)
+    assert mask.shape == (4, 3, 2, 3, 4)
+    expected = [
+        [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
+        [[1, 1, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0]],
+        [[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]],
+    ]
+    for h in range(2):
+        for w in range(3):
+            np.testing.assert_array_equal(mask[:, :, h, w], expected)
+
+
+def test_control_video():
+    video = jax.random.uniform(jax.random.key(0), (2, 5, 4, 6, 3), minval=-1, maxval=1)
+    given = np.array([[1, 0, 0, 0, 1], [1, 1, 0, 0, 0]], bool)
+    control = np.asarray(conditioning.control_video(video, given))
+    np.testing.assert_array_equal(control[given], np.asarray(video)[given])
+    np.testing.assert_array_equal(control[~given], 0)
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [("i2v", {}), ("flf2v", {}), ("continuation", {"count": 3}), ("interpolation", {"indices": [2]})],
+)
+def test_place_frames(task, options):
+    given = conditioning.given_frames(task, 5, **options)
+    video = jax.random.uniform(jax.random.key(0), (2, 5, 4, 6, 3), minval=-1, maxval=1)
+    placed = jax.jit(lambda images: conditioning.place_frames(images, given))(np.asarray(video)[:, given])
+    np.testing.assert_array_equal(placed, conditioning.control_video(video, given[None]))
+
+
+def test_shardings_are_kept():
+    """The mask takes on the sharding of the latents, on a mesh with explicit shardings."""
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "context"))):
+        given = jax.device_put(np.ones((4, 5), bool), P("data"))
+        latents = jax.device_put(np.ones((4, 2, 2, 4, 16), np.float32), P("data", None, None, "context"))
+        branch = conditioning.control_branch(conditioning.latent_mask(given, 2, 4), latents)
+        assert jax.typeof(branch).sharding.spec == P("data", None, None, "context", None)
+        images = jax.device_put(np.ones((4, 2, 4, 6, 3), np.float32), P("data"))
+        video = conditioning.place_frames(images, conditioning.given_frames("flf2v", 5))
+        assert jax.typeof(video).sharding.spec[0] == "data"
+
+
+def test_branch_has_the_dtype_of_the_latents():
+    mask = conditioning.latent_mask(np.ones((1, 5), bool), 2, 2)
+    branch = conditioning.control_branch(mask, jnp.zeros((1, 2, 2, 2, 16), jnp.bfloat16))
+    assert branch.dtype == jnp.bfloat16
+    assert branch.shape == (1, 2, 2, 2, 20)
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(1, 1), (5, 2), (81, 21), (121, 31)])
+def test_latent_frames(frames, expected):
+    assert conditioning.latent_frames(frames) == expected
+
+
+@pytest.mark.parametrize(
+    ("frames", "advice"), [(0, "use 1 or 5"), (-3, "use 1 or 5"), (2, "use 1 or 5"), (80, "77 or 81"), (83, "81 or 85")]
+)
+def test_wrong_length(frames, advice):
+    with pytest.raises(InputError, match=advice):
+        conditioning.latent_frames(frames)
+
+
+def test_latent_size():
+    assert conditioning.latent_size(720, 1280) == (90, 160)
+    assert conditioning.latent_size(64, 96) == (8, 12)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "advice"), [(721, 1280, "720 and 1280"), (480, 8, "480 and 16"), (0, 16, "16 and 16")]
+)
+def test_wrong_size(height, width, advice):
+    with pytest.raises(InputError, match=advice):
+        conditioning.latent_size(height, width)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("outpainting", {}, "t2v, i2v, flf2v"),
+        ("continuation", {"count": 0}, "1 to 8"),
+        ("continuation", {"count": 9}, "1 to 8"),
+        ("interpolation", {"indices": [9]}, "0 to 8"),
+        ("interpolation", {"indices": [-10]}, "0 to 8"),
+    ],
+)
+def test_wrong_task(task, options, message):
+    with pytest.raises(InputError, match=message):
+        conditioning.given_frames(task, 9, **options)
+
+
+def test_wrong_number_of_images():
+    with pytest.raises(InputError, match="accepted are 2"):
+        conditioning.place_frames(jnp.zeros((1, 3, 16, 16, 3)), conditioning.given_frames("flf2v", 5))
