@@ -13,6 +13,7 @@ from wanjax.convert.mapping import (
     CONV2D,
     LINEAR,
     SAME,
+    Network,
     Rule,
     Shape,
     Table,
@@ -97,8 +98,35 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> C
     )
 
 
+def write_diffusers(config: CLIPConfig) -> dict[str, Any]:
+    """`image_encoder/config.json`."""
+    return {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_act": "gelu",
+        "hidden_size": config.dim,
+        "image_size": config.image_size,
+        "intermediate_size": config.mlp_dim,
+        "layer_norm_eps": config.eps,
+        "num_attention_heads": config.num_heads,
+        "num_channels": 3,
+        "num_hidden_layers": config.num_layers,
+        "patch_size": config.patch_size,
+    }
+
+
 def build(config: CLIPConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The network with random weights."""
     from wanjax.models.clip import CLIPVision  # here: a checkpoint is converted without any model
 
     return CLIPVision(config, rngs)
+
+
+NETWORK = Network(
+    build=build,
+    tables={"diffusers": DIFFUSERS, "official": OFFICIAL},
+    read={"diffusers": read_diffusers, "official": read_official},
+    write={"diffusers": write_diffusers},
+    folder="image_encoder",
+    stems={"diffusers": "model", "official": "models_clip_open-clip-xlm-roberta-large-vit-huge-14"},
+)

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from wanjax.config import DiTConfig
-from wanjax.convert.mapping import CONV3D, Shape, Table, Transform, layer, norm, weight
+from wanjax.convert.mapping import CONV3D, DIFFUSERS_VERSION, Network, Shape, Table, Transform, layer, norm, weight
 from wanjax.errors import InputError
 
 LEADING1 = Transform(drop=(0,))  # [1, n, e] -> [n, e]
@@ -113,6 +113,7 @@ def read_diffusers(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> 
 def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> DiTConfig:
     """Sizes from `config.json`, and from the shapes what it does not say: text and image widths, positions, patch."""
     has_image = "img_emb.proj.0.weight" in shapes
+    _, _, pt, ph, pw = shapes["patch_embedding.weight"]
     return DiTConfig(
         dim=settings["dim"],
         ffn_dim=settings["ffn_dim"],
@@ -120,7 +121,7 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
         num_layers=settings["num_layers"],
         in_channels=settings["in_dim"],
         out_channels=settings["out_dim"],
-        patch_size=shapes["patch_embedding.weight"][2:],
+        patch_size=(pt, ph, pw),
         freq_dim=settings["freq_dim"],
         text_dim=shapes["text_embedding.0.weight"][1],
         text_len=settings["text_len"],
@@ -130,8 +131,60 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
     )
 
 
+def write_diffusers(config: DiTConfig) -> dict[str, Any]:
+    """`transformer/config.json`."""
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "added_kv_proj_dim": config.dim if config.image_dim is not None else None,
+        "attention_head_dim": config.head_dim,
+        "cross_attn_norm": True,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "image_dim": config.image_dim,
+        "in_channels": config.in_channels,
+        "num_attention_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_channels": config.out_channels,
+        "patch_size": list(config.patch_size),
+        "pos_embed_seq_len": config.image_positions or None,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024,
+        "text_dim": config.text_dim,
+    }
+
+
+def write_official(config: DiTConfig) -> dict[str, Any]:
+    """`config.json`."""
+    return {
+        "_class_name": "WanModel",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "dim": config.dim,
+        "eps": config.eps,
+        "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim,
+        "in_dim": config.in_channels,
+        "model_type": config.task,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "out_dim": config.out_channels,
+        "text_len": config.text_len,
+    }
+
+
 def build(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Module:
     """The network with random weights."""
     from wanjax.models.dit import DiT  # here: a checkpoint is converted without any model
 
     return DiT(config, rngs)
+
+
+NETWORK = Network(
+    build=build,
+    tables={"diffusers": DIFFUSERS, "official": OFFICIAL},
+    read={"diffusers": read_diffusers, "official": read_official},
+    write={"diffusers": write_diffusers, "official": write_official},
+    folder="transformer",
+    stems={"diffusers": "diffusion_pytorch_model", "official": "diffusion_pytorch_model"},
+)

@@ -5,50 +5,60 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from wanjax.convert import clip, dit, umt5, vae
+from wanjax.convert.mapping import LayoutName, Network, NetworkName, Shape
 from wanjax.convert.tensors import TensorFile, TensorInfo, tensor_file
 from wanjax.errors import InputError
 
-LayoutName = Literal["diffusers", "official"]
-NetworkName = Literal["dit", "vae", "umt5", "clip"]
-
-DIFFUSERS_FOLDERS = {"dit": "transformer", "vae": "vae", "umt5": "text_encoder", "clip": "image_encoder"}
-OFFICIAL_STEMS = {
-    "dit": "diffusion_pytorch_model",
-    "vae": "Wan2.1_VAE",
-    "umt5": "models_t5_umt5-xxl-enc-bf16",
-    "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
+NETWORKS: dict[NetworkName, Network] = {
+    "dit": dit.NETWORK,
+    "vae": vae.NETWORK,
+    "umt5": umt5.NETWORK,
+    "clip": clip.NETWORK,
 }
-DIFFUSERS_STEMS = {"dit": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "umt5": "model", "clip": "model"}
+TOKENIZER = {"diffusers": "tokenizer", "official": "google/umt5-xxl"}
 
 
 class Settings(dict[str, Any]):
-    """A JSON object whose missing entries raise an error that names the file."""
-
-    def __init__(self, path: Path):
-        super().__init__(read_json(path))
-        self.path = path
-
-    def __missing__(self, name: str) -> Any:
-        raise InputError(f"{self.path} has no {name!r}; download it again.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file; a missing entry raises an error that names the file.
 
     Raises:
       InputError: not there, not readable, not JSON, or not an object.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); download it again.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); download it again.") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no JSON object; download it again.")
-    return value
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror}); download it again.") from error
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); download it again.") from error
+        if not isinstance(value, dict):
+            raise InputError(f"{path} holds no JSON object; download it again.")
+        super().__init__(value)
+
+    def __missing__(self, name: str) -> Any:
+        raise InputError(f"{self.path} has no entry {name}; download it again.")
+
+
+class Shapes(dict[str, Shape]):
+    """Shapes by name; a missing tensor raises an error that names the file."""
+
+    def __init__(self, shapes: dict[str, Shape], where: Path):
+        super().__init__(shapes)
+        self.where = where
+
+    def __missing__(self, name: str) -> Shape:
+        raise InputError(f"{self.where} lacks the tensor {name}; not a Wan2.1 checkpoint, or incomplete.")
+
+
+def network_place(path: Path, layout: LayoutName, name: NetworkName) -> tuple[Path, str]:
+    """Folder and stem of a network's tensor files."""
+    network = NETWORKS[name]
+    return (path / network.folder if layout == "diffusers" else path), network.stems[layout]
 
 
 def detect(path: Path) -> LayoutName:
@@ -59,19 +69,20 @@ def detect(path: Path) -> LayoutName:
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give the folder of a downloaded Wan2.1 checkpoint.")
-    folders = [path / folder / "config.json" for folder in DIFFUSERS_FOLDERS.values()]
+    folders = [path / network.folder / "config.json" for network in NETWORKS.values()]
     diffusers = (path / "model_index.json").is_file() or any(file.is_file() for file in folders)
-    official = any(_candidates(path, stem) for stem in OFFICIAL_STEMS.values())
+    official = any(tensor_files(path, network.stems["official"]) for network in NETWORKS.values())
     if diffusers == official:
         what = "has both layouts" if diffusers else "is no Wan2.1 checkpoint"
         raise InputError(
-            f"{path} {what}; give a folder with either model_index.json and transformer/, vae/, .. (Diffusers) "
-            f"or config.json, diffusion_pytorch_model*.safetensors and Wan2.1_VAE.pth (official)."
+            f"{path} {what}; give a folder with either model_index.json, transformer/, vae/ and so on (Diffusers) "
+            "or config.json, diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth and so on (official)."
         )
     return "diffusers" if diffusers else "official"
 
 
-def _candidates(folder: Path, stem: str) -> list[Path]:
+def tensor_files(folder: Path, stem: str) -> list[Path]:
+    """The files that may hold a network's tensors, or say where they are, as far as they are there."""
     names = (f"{stem}.safetensors.index.json", f"{stem}.safetensors", f"{stem}.pth")
     return [folder / name for name in names if (folder / name).is_file()]
 
@@ -84,20 +95,17 @@ class Weights:
       files: the files, in order.
 
     Raises:
-      InputError: a file is missing, damaged, or disagrees with the index.
+      InputError: a file is missing or damaged, or disagrees with the index.
     """
 
     def __init__(self, folder: Path, stem: str):
-        found = _candidates(folder, stem)
+        found = tensor_files(folder, stem)
         if not found:
             raise InputError(f"{folder} has no {stem}.safetensors or {stem}.safetensors.index.json; download it again.")
         if len(found) > 1 and found[1].suffix == ".safetensors":
             raise InputError(f"{folder} has both {found[0].name} and {found[1].name}; remove the one that is old.")
-        self.where = found[0]  # of a .pth and its twin, the twin: it needs no torch
-        if self.where.suffix == ".json":
-            self.files = _indexed_files(self.where)
-        else:
-            self.files: list[TensorFile] = [tensor_file(self.where)]
+        self.where = found[0]  # of a .pth and its twin the twin: it needs no torch
+        self.files = _indexed_files(self.where) if self.where.suffix == ".json" else [tensor_file(self.where)]
 
     def items(self) -> Iterator[tuple[str, TensorInfo]]:
         """Name, shape and dtype of every tensor."""
@@ -106,7 +114,7 @@ class Weights:
 
 
 def _indexed_files(index: Path) -> list[TensorFile]:
-    places = read_json(index).get("weight_map")
+    places = Settings(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) and "/" not in name for name in places.values()):
         raise InputError(f"{index} has no valid weight_map; download it again.")
     names = sorted(set(places.values()))
@@ -114,10 +122,12 @@ def _indexed_files(index: Path) -> list[TensorFile]:
     if missing:
         raise InputError(f"{index} names {len(missing)} missing file(s): {', '.join(missing[:5])}; download them.")
     files = [tensor_file(index.parent / name) for name in names]
-    inside = {key: file.path.name for file in files for key in file.infos}
-    count = sum(len(file.infos) for file in files)
-    if inside != places or count != len(places):
-        wrong = sorted(key for key in {**inside, **places} if inside.get(key) != places.get(key))
-        wrong = wrong or sorted(k for f in files for k in f.infos if inside[k] != f.path.name)
-        raise InputError(f"{index} and its files disagree about {len(wrong)} tensor(s): {', '.join(wrong[:5])}.")
+    pairs = {(key, file.path.name) for file in files for key in file.infos}
+    wrong = sorted({key for key, _ in pairs ^ set(places.items())})
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(
+            f"{index} and its files disagree about {len(wrong)} tensor(s): {', '.join(wrong[:5])}{more}; "
+            "download all of them again."
+        )
     return files

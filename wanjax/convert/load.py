@@ -12,30 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from wanjax.convert import clip, dit, umt5, vae
-from wanjax.convert.layouts import (
-    DIFFUSERS_FOLDERS,
-    DIFFUSERS_STEMS,
-    OFFICIAL_STEMS,
-    LayoutName,
-    NetworkName,
-    Settings,
-    Weights,
-    detect,
-    read_json,
-)
-from wanjax.convert.mapping import Entry, Shape, expand, match
-from wanjax.convert.tensors import Reader, copy
+from wanjax.convert.extra import Extra
+from wanjax.convert.layouts import NETWORKS, TOKENIZER, Settings, Shapes, Weights, detect, network_place, tensor_files
+from wanjax.convert.mapping import Entry, LayoutName, NetworkName, Shape, expand, match
+from wanjax.convert.tensors import Reader, TensorFile, copy
 from wanjax.errors import InputError
 
-TABLES = {
-    "diffusers": {"dit": dit.DIFFUSERS, "vae": vae.DIFFUSERS, "umt5": umt5.DIFFUSERS, "clip": clip.DIFFUSERS},
-    "official": {"dit": dit.OFFICIAL, "vae": vae.OFFICIAL, "umt5": umt5.OFFICIAL, "clip": clip.OFFICIAL},
-}
-MODULES = {"dit": dit, "vae": vae, "umt5": umt5, "clip": clip}
 ChooseSharding = Callable[[tuple[str, ...], nnx.Param], Sharding]
 
 
@@ -45,32 +30,39 @@ class Checkpoint:
     Attributes:
       path: its folder.
       layout: "diffusers" or "official".
+      extra: what a conversion kept beside it, if it was converted.
 
     Raises:
-      InputError: the folder has neither layout.
+      InputError: the folder has neither layout, or is one of Wan2.2.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.layout: LayoutName = detect(self.path)
+        self.extra = Extra.read(self.path)
         self._weights: dict[str, Weights] = {}
+        index = self.path / "model_index.json"
+        if index.is_file() and (Settings(index).get("transformer_2") or [None])[0] is not None:
+            raise InputError(f"{self.path} has two transformers (Wan2.2); give a checkpoint of Wan2.1.")
 
     def has(self, network: NetworkName) -> bool:
         """Whether the checkpoint holds the network."""
-        if self.layout == "diffusers":
-            return (self.path / DIFFUSERS_FOLDERS[network]).is_dir()
-        return any(self.path.glob(f"{OFFICIAL_STEMS[network]}.*"))
+        folder, stem = network_place(self.path, self.layout, network)
+        return folder.is_dir() if self.layout == "diffusers" else bool(tensor_files(folder, stem))
 
     @property
     def tokenizer_dir(self) -> Path:
         """Folder of umT5's tokenizer."""
-        return self.path / ("tokenizer" if self.layout == "diffusers" else "google/umt5-xxl")
+        return self.path / TOKENIZER[self.layout]
 
     @property
     def flow_shift(self) -> float | None:
         """The schedule's shift, where the checkpoint says it."""
         file = self.path / "scheduler/scheduler_config.json"
-        return read_json(file).get("flow_shift") if file.is_file() else None
+        if self.layout == "diffusers" and file.is_file():
+            settings = Settings(file)
+            return settings.get("flow_shift", settings.get("shift"))
+        return self.extra.flow_shift if self.extra else None
 
     def config(self, network: NetworkName, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32) -> Any:
         """The network's configuration, with sizes from the checkpoint's own files.
@@ -78,106 +70,127 @@ class Checkpoint:
         Raises:
           InputError: the files are missing or damaged, or the network is not one of Wan2.1.
         """
-        shapes = {TABLES[self.layout][network].standard_name(k): i.shape for k, i in self.weights(network).items()}
-        settings: Mapping[str, Any] = {}
-        if self.layout == "diffusers":
-            settings = Settings(self.path / DIFFUSERS_FOLDERS[network] / "config.json")
-        elif network == "dit":
-            settings = Settings(self.path / "config.json")
-        config = getattr(MODULES[network], f"read_{self.layout}")(settings, shapes)
-        return dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
+        numbers = self.extra.numbers.get(network, {}) if self.extra else {}
+        numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
+        try:
+            config = NETWORKS[network].read[self.layout](self._settings(network), self._shapes(network))
+            return dataclasses.replace(config, **numbers, dtype=dtype, param_dtype=param_dtype)
+        except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            if isinstance(error, InputError):
+                raise
+            where = network_place(self.path, self.layout, network)[0]
+            raise InputError(f"{where} has no usable configuration of the {network} ({error}).") from error
 
     def load(self, network: NetworkName, config: Any, sharding: ChooseSharding | None = None) -> Any:
         """The network with its weights on the devices, in the dtypes of `config`.
 
+        A host holds, beyond what its devices keep, about one tensor at a time.
+
         Args:
           network: "dit", "vae", "umt5" or "clip".
           config: from `config`, perhaps with other dtypes.
-          sharding: says where a parameter goes, given its path and its abstract value. None: a copy on every device of
-            the ambient mesh, or the default device where there is no mesh.
+          sharding: says where a parameter goes, given its path and its abstract value; the leading axis of stacked
+            layers must stay whole. None: a copy on every device of the ambient mesh, or on the default device where
+            there is no mesh.
 
         Raises:
           InputError: a tensor is unknown, missing, double or misshapen, or a file is missing or damaged.
         """
         abstract = abstract_model(network, config)
         leaves = parameters(abstract)
-        weights = self.weights(network)
-        entries = self.entries(network, config, {path: leaf.shape for path, leaf in leaves.items()})
-        found = {key: info.shape for key, info in weights.items()}
-        matched = match(TABLES[self.layout][network], entries, found, str(weights.where))
+        matched = self.match(network, config, leaves)
         placer = _Placer(leaves, sharding or _replicated)
-        for file in weights.files:
-            with file.open() as reader:
-                for key in file.infos:
-                    if key in matched:
-                        placer.place(matched[key], reader.view(key), reader)
+        for file in self.weights(network).files:
+            placer.place_file(file, matched)
         values = [leaf.replace(placer.values[path]) for path, leaf in leaves.items()]
-        return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=_is_param), values)
+        return jax.tree.unflatten(jax.tree.structure(abstract, is_leaf=is_param), values)
 
     def weights(self, network: NetworkName) -> Weights:
-        """The network's files, opened at first use."""
+        """The network's files, looked at when first asked for.
+
+        Raises:
+          InputError: the checkpoint has none, or they are damaged.
+        """
         if network not in self._weights:
             if not self.has(network):
                 raise InputError(f"{self.path} has no {network}; give a checkpoint that has it.")
-            if self.layout == "diffusers":
-                folder, stem = self.path / DIFFUSERS_FOLDERS[network], DIFFUSERS_STEMS[network]
-            else:
-                folder, stem = self.path, OFFICIAL_STEMS[network]
-            self._weights[network] = Weights(folder, stem)
+            self._weights[network] = Weights(*network_place(self.path, self.layout, network))
         return self._weights[network]
 
-    def entries(self, network: NetworkName, config: Any, shapes: Mapping[str, Shape]) -> dict[str, Entry]:
-        """The table of this very network."""
-        rules = TABLES[self.layout][network].rules
-        if network == "vae" and self.layout == "diffusers":
-            return expand(rules, shapes, lambda i: vae.diffusers_names(i, config))
-        return expand(rules, shapes)
+    def match(self, network: NetworkName, config: Any, leaves: Mapping[str, Any]) -> dict[str, Entry]:
+        """Which tensor of the files fills which parameter; see `mapping.match`."""
+        table = NETWORKS[network].tables[self.layout]
+        weights = self.weights(network)
+        entries = expand(table, {path: leaf.shape for path, leaf in leaves.items()}, config)
+        for key, info in weights.items():
+            if not table.is_unused(table.bare_name(key)) and not jnp.issubdtype(info.dtype, jnp.floating):
+                raise InputError(f"{weights.where} has {key} as {info.dtype}; give a checkpoint that is not quantised.")
+        return match(table, entries, {key: info.shape for key, info in weights.items()}, str(weights.where))
+
+    def _settings(self, network: NetworkName) -> Mapping[str, Any]:
+        folder, _ = network_place(self.path, self.layout, network)
+        return Settings(folder / "config.json") if self.layout in NETWORKS[network].write else {}
+
+    def _shapes(self, network: NetworkName) -> Mapping[str, Shape]:
+        if self.layout == "diffusers":  # its JSON says all
+            return {}
+        weights, table = self.weights(network), NETWORKS[network].tables[self.layout]
+        return Shapes({table.bare_name(key): info.shape for key, info in weights.items()}, weights.where)
 
 
 def abstract_model(network: NetworkName, config: Any) -> Any:
     """The network without weights."""
-    return jax.eval_shape(lambda: MODULES[network].build(config, nnx.Rngs(0)))
+    return jax.eval_shape(lambda: NETWORKS[network].build(config, nnx.Rngs(0)))
 
 
-def _is_param(x: Any) -> bool:
+def is_param(x: Any) -> bool:
+    """Whether a node of a module's tree is a parameter, to stop there."""
     return isinstance(x, nnx.Variable)
 
 
-def parameters(model: Any) -> dict[str, nnx.Param]:
+def parameters(model: Any) -> dict[str, Any]:
     """Every parameter by its path, in the order of the tree."""
-    leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_param)[0]
+    leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_param)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _replicated(path: tuple[str, ...], leaf: nnx.Param) -> Sharding:
     if jax.sharding.get_abstract_mesh().empty:
-        return SingleDeviceSharding(jax.devices()[0])
+        return jnp.zeros(()).sharding  # the default device
     return NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
 
 
 class _Placer:
-    """Collects parameters on the devices; of a stacked one, layer by layer into one buffer."""
+    """Collects parameters on the devices; those of stacked layers are written into one buffer layer by layer."""
 
-    def __init__(self, leaves: dict[str, nnx.Param], sharding: ChooseSharding):
+    def __init__(self, leaves: Mapping[str, Any], sharding: ChooseSharding):
         self.values: dict[str, jax.Array] = {}
         self._leaves = leaves
         self._sharding = {path: sharding(tuple(path.split(".")), leaf) for path, leaf in leaves.items()}
+        self._last: jax.Array | None = None
 
-    def place(self, entry: Entry, tensor: np.ndarray, reader: Reader) -> None:
+    def place_file(self, file: TensorFile, matched: Mapping[str, Entry]) -> None:
+        with file.open() as reader:
+            for key in file.infos:
+                if key in matched:
+                    self._place(matched[key], reader.view(key), reader)
+
+    def _place(self, entry: Entry, tensor: np.ndarray, reader: Reader) -> None:
         for slot, view in entry.split(tensor):
             leaf, sharding = self._leaves[slot.path], self._sharding[slot.path]
             if slot.layer is None:
-                self.values[slot.path] = _put(view, leaf.dtype, sharding, reader)
+                self.values[slot.path] = self._put(view, leaf.dtype, sharding, reader)
                 continue
             if slot.path not in self.values:
                 self.values[slot.path] = _zeros(leaf.shape, leaf.dtype, sharding)
-            value = _put(view, leaf.dtype, _of_layer(sharding), reader)
-            self.values[slot.path] = _insert(self.values[slot.path], value, slot.layer)
+            layer = self._put(view, leaf.dtype, _of_layer(sharding), reader)
+            self.values[slot.path] = _insert(self.values[slot.path], layer, slot.layer)
 
-
-def _put(view: np.ndarray, dtype: DTypeLike, sharding: Sharding, reader: Reader) -> jax.Array:
-    """A view into a file as an array on the devices; every host reads its own part."""
-    return jax.make_array_from_callback(view.shape, sharding, lambda index: copy(view[index], dtype, reader))
+    def _put(self, view: np.ndarray, dtype: DTypeLike, sharding: Sharding, reader: Reader) -> jax.Array:
+        """A view into a file as an array on the devices, of which every host reads its own part only."""
+        jax.block_until_ready(self._last)  # transfers may not queue up: what waits for them is host memory
+        self._last = jax.make_array_from_callback(view.shape, sharding, lambda index: copy(view[index], dtype, reader))
+        return self._last
 
 
 def _of_layer(sharding: Sharding) -> Sharding:
@@ -186,7 +199,7 @@ def _of_layer(sharding: Sharding) -> Sharding:
         return sharding
     if sharding.spec and sharding.spec[0] is not None:
         raise ValueError(f"the layer axis of a stacked parameter cannot be sharded, given {sharding.spec}")
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
 
 
 def _zeros(shape: Shape, dtype: DTypeLike, sharding: Sharding) -> jax.Array:

@@ -11,13 +11,17 @@ import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from flax import nnx
 
 from wanjax.errors import InputError
 
+LayoutName = Literal["diffusers", "official"]
+NetworkName = Literal["dit", "vae", "umt5", "clip"]
 Shape = tuple[int, ...]
+DIFFUSERS_VERSION = "0.33.0"  # written into configs: the first that knows all of these networks
 
 
 class Transform(NamedTuple):
@@ -77,22 +81,40 @@ def norm(key: str, path: str, bias: bool = False) -> tuple[Rule, ...]:
 class Table(NamedTuple):
     """All tensors of one network in one layout.
 
-    `prefix`: may precede every name, or none. `aliases`: second names of tensors, which may be there instead of the
-    first or beside it. `unused`: names (with `*`) of tensors that are known and that the network has no use for.
+    `prefix`: precedes every name in the published releases, but may be missing. `aliases`: second names of tensors,
+    which may be there instead of the first or beside it. `unused`: names (with `*`) of tensors that are known and that
+    the network has no use for. `names`: further placeholders for a layer, given its number and the configuration.
     """
 
     rules: tuple[Rule, ...]
     prefix: str = ""
     aliases: Mapping[str, str] = {}
     unused: tuple[str, ...] = ()
+    names: Callable[[int, Any], Mapping[str, str]] = lambda i, config: {}
 
-    def standard_name(self, key: str) -> str:
+    def bare_name(self, key: str) -> str:
         """The name without the optional prefix."""
         return key.removeprefix(self.prefix)
 
     def is_unused(self, name: str) -> bool:
-        """Whether the standard name is that of a known tensor which the network does not use."""
+        """Whether a bare name is that of a known tensor which the network does not use."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
+
+
+class Network(NamedTuple):
+    """What there is to know about one network's checkpoints.
+
+    `build` makes the network; `read` its configuration from the layout's JSON and the shapes by bare name; `write` the
+    JSON from the configuration, where the layout has any; `folder` is the network's place in the Diffusers layout,
+    `stems` the names of its files without their endings.
+    """
+
+    build: Callable[[Any, nnx.Rngs], nnx.Module]
+    tables: Mapping[LayoutName, Table]
+    read: Mapping[LayoutName, Callable[[Mapping[str, Any], Mapping[str, Shape]], Any]]
+    write: Mapping[LayoutName, Callable[[Any], dict[str, Any]]]
+    folder: str
+    stems: Mapping[LayoutName, str]
 
 
 class Slot(NamedTuple):
@@ -121,24 +143,20 @@ class Entry(NamedTuple):
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def expand(
-    rules: Iterable[Rule],
-    shapes: Mapping[str, Shape],
-    names: Callable[[int], Mapping[str, str]] = lambda i: {},
-) -> dict[str, Entry]:
-    """The table of one particular network: every tensor name with what it fills.
+def expand(table: Table, shapes: Mapping[str, Shape], config: Any) -> dict[str, Entry]:
+    """The table of one particular network: every bare name with what it fills.
 
     Args:
-      rules: the network's table.
+      table: the network's table.
       shapes: shape of every parameter of the network, by path; rules for parameters that are not there are left out.
-      names: further placeholders of the names, for layer `i`.
+      config: the network's configuration.
     """
     entries: dict[str, Entry] = {}
-    for rule in rules:
+    for rule in table.rules:
         for i, slots in _slots(rule, shapes):
             item = rule.transform.checkpoint_shape(slots[0].shape)
             shape = (len(slots) * item[0], *item[1:]) if len(slots) > 1 else item
-            key = rule.key.format(i=i, **(names(i) if i is not None else {}))
+            key = rule.key if i is None else rule.key.format(i=i, **table.names(i, config))
             assert key not in entries, f"two rules for {key}"
             entries[key] = Entry(slots, rule.transform, shape)
     _check_covered(entries, shapes)
@@ -193,12 +211,12 @@ def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape]
     matched: dict[str, str] = {}
     unknown = []
     for key in found:
-        name = table.standard_name(key)
+        name = table.bare_name(key)
         if table.is_unused(name):
             continue
         if name in table.aliases:
             name = table.aliases[name]
-            if any(table.standard_name(k) == name for k in found):
+            if any(table.bare_name(k) == name for k in found):
                 continue  # the tensor is there under its first name
         if name not in entries:
             unknown.append(key)

@@ -205,8 +205,9 @@ def _torch_load(path: Path) -> dict[str, np.ndarray]:
 
 
 def _numpy(x: Any) -> np.ndarray:
+    """A torch tensor as numpy, bits passed as integers: numpy knows bfloat16 and float8 only through ml_dtypes."""
     import torch
 
-    if x.dtype == torch.bfloat16:  # numpy knows the type only through ml_dtypes: pass the bits
-        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return x.numpy()
+    name = str(x.dtype).removeprefix("torch.")
+    bits = x.view(getattr(torch, f"int{8 * x.element_size()}")).numpy()
+    return bits.view(getattr(ml_dtypes, name, name))

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from wanjax.config import UMT5Config
-from wanjax.convert.mapping import Shape, Table, count_layers, layer, norm, weight
+from wanjax.convert.mapping import Network, Shape, Table, count_layers, layer, norm, weight
 from wanjax.errors import InputError
 
 DIFFUSERS = Table(
@@ -84,8 +84,43 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> U
     )
 
 
+def write_diffusers(config: UMT5Config) -> dict[str, Any]:
+    """`text_encoder/config.json`."""
+    return {
+        "architectures": ["UMT5EncoderModel"],
+        "model_type": "umt5",
+        "d_ff": config.ffn_dim,
+        "d_kv": config.head_dim,
+        "d_model": config.dim,
+        "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "layer_norm_epsilon": config.eps,
+        "num_decoder_layers": config.num_layers,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "pad_token_id": 0,
+        "relative_attention_max_distance": config.max_distance,
+        "relative_attention_num_buckets": config.num_buckets,
+        "vocab_size": config.vocab_size,
+    }
+
+
 def build(config: UMT5Config, rngs: nnx.Rngs) -> nnx.Module:
     """The network with random weights."""
     from wanjax.models.umt5 import UMT5Encoder  # here: a checkpoint is converted without any model
 
     return UMT5Encoder(config, rngs)
+
+
+NETWORK = Network(
+    build=build,
+    tables={"diffusers": DIFFUSERS, "official": OFFICIAL},
+    read={"diffusers": read_diffusers, "official": read_official},
+    write={"diffusers": write_diffusers},
+    folder="text_encoder",
+    stems={"diffusers": "model", "official": "models_t5_umt5-xxl-enc-bf16"},
+)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
 
 from wanjax.config import VAEConfig
-from wanjax.convert.mapping import CONV2D, CONV3D, POINTWISE2D, Rule, Shape, Table, Transform, layer, weight
+from wanjax.convert.mapping import (
+    CONV2D,
+    CONV3D,
+    DIFFUSERS_VERSION,
+    POINTWISE2D,
+    Network,
+    Rule,
+    Shape,
+    Table,
+    Transform,
+    layer,
+    weight,
+)
 from wanjax.errors import InputError
 
 GAMMA3D = Transform(drop=(1, 2, 3))  # [c, 1, 1, 1] -> [c]
@@ -44,27 +57,37 @@ def _resample(key: str, path: str) -> tuple[Rule, ...]:
 _DIFFUSERS_RESIDUAL = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut")
 _OFFICIAL_RESIDUAL = ("residual.0", "residual.2", "residual.3", "residual.6", "shortcut")
 
-# `{up}` is the place of the decoder's i-th block, which Diffusers numbers by stage (`diffusers_names`).
-DIFFUSERS = Table((
-    *layer("encoder.conv_in", "encoder.conv_in", CONV3D),
-    *_residual("encoder.down_blocks.{i}", "encoder.blocks.{i}", _DIFFUSERS_RESIDUAL),
-    *_resample("encoder.down_blocks.{i}", "encoder.blocks.{i}"),
-    *_residual("encoder.mid_block.resnets.0", "encoder.mid.first", _DIFFUSERS_RESIDUAL),
-    *_attention("encoder.mid_block.attentions.0", "encoder.mid.attention"),
-    *_residual("encoder.mid_block.resnets.1", "encoder.mid.second", _DIFFUSERS_RESIDUAL),
-    *weight("encoder.norm_out.gamma", "encoder.norm_out.scale", GAMMA3D),
-    *layer("encoder.conv_out", "encoder.conv_out", CONV3D),
-    *layer("quant_conv", "quant_conv", CONV3D),
-    *layer("post_quant_conv", "post_quant_conv", CONV3D),
-    *layer("decoder.conv_in", "decoder.conv_in", CONV3D),
-    *_residual("decoder.mid_block.resnets.0", "decoder.mid.first", _DIFFUSERS_RESIDUAL),
-    *_attention("decoder.mid_block.attentions.0", "decoder.mid.attention"),
-    *_residual("decoder.mid_block.resnets.1", "decoder.mid.second", _DIFFUSERS_RESIDUAL),
-    *_residual("decoder.{up}", "decoder.blocks.{i}", _DIFFUSERS_RESIDUAL),
-    *_resample("decoder.{up}", "decoder.blocks.{i}"),
-    *weight("decoder.norm_out.gamma", "decoder.norm_out.scale", GAMMA3D),
-    *layer("decoder.conv_out", "decoder.conv_out", CONV3D),
-))  # fmt: skip
+
+def diffusers_names(i: int, config: VAEConfig) -> Mapping[str, str]:
+    """`{up}` for the decoder's i-th block: a stage has `num_res_blocks + 1` residual blocks, then an upsampler."""
+    stage, block = divmod(i, config.num_res_blocks + 2)
+    kind = f"resnets.{block}" if block <= config.num_res_blocks else "upsamplers.0"
+    return {"up": f"up_blocks.{stage}.{kind}"}
+
+
+DIFFUSERS = Table(
+    (
+        *layer("encoder.conv_in", "encoder.conv_in", CONV3D),
+        *_residual("encoder.down_blocks.{i}", "encoder.blocks.{i}", _DIFFUSERS_RESIDUAL),
+        *_resample("encoder.down_blocks.{i}", "encoder.blocks.{i}"),
+        *_residual("encoder.mid_block.resnets.0", "encoder.mid.first", _DIFFUSERS_RESIDUAL),
+        *_attention("encoder.mid_block.attentions.0", "encoder.mid.attention"),
+        *_residual("encoder.mid_block.resnets.1", "encoder.mid.second", _DIFFUSERS_RESIDUAL),
+        *weight("encoder.norm_out.gamma", "encoder.norm_out.scale", GAMMA3D),
+        *layer("encoder.conv_out", "encoder.conv_out", CONV3D),
+        *layer("quant_conv", "quant_conv", CONV3D),
+        *layer("post_quant_conv", "post_quant_conv", CONV3D),
+        *layer("decoder.conv_in", "decoder.conv_in", CONV3D),
+        *_residual("decoder.mid_block.resnets.0", "decoder.mid.first", _DIFFUSERS_RESIDUAL),
+        *_attention("decoder.mid_block.attentions.0", "decoder.mid.attention"),
+        *_residual("decoder.mid_block.resnets.1", "decoder.mid.second", _DIFFUSERS_RESIDUAL),
+        *_residual("decoder.{up}", "decoder.blocks.{i}", _DIFFUSERS_RESIDUAL),
+        *_resample("decoder.{up}", "decoder.blocks.{i}"),
+        *weight("decoder.norm_out.gamma", "decoder.norm_out.scale", GAMMA3D),
+        *layer("decoder.conv_out", "decoder.conv_out", CONV3D),
+    ),
+    names=diffusers_names,
+)
 
 OFFICIAL = Table((
     *layer("encoder.conv1", "encoder.conv_in", CONV3D),
@@ -86,13 +109,6 @@ OFFICIAL = Table((
     *weight("decoder.head.0.gamma", "decoder.norm_out.scale", GAMMA3D),
     *layer("decoder.head.2", "decoder.conv_out", CONV3D),
 ))  # fmt: skip
-
-
-def diffusers_names(i: int, config: VAEConfig) -> Mapping[str, str]:
-    """`{up}` for the decoder's i-th block: a stage has `num_res_blocks + 1` residual blocks, then an upsampler."""
-    stage, block = divmod(i, config.num_res_blocks + 2)
-    kind = f"resnets.{block}" if block <= config.num_res_blocks else "upsamplers.0"
-    return {"up": f"up_blocks.{stage}.{kind}"}
 
 
 def read_diffusers(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> VAEConfig:
@@ -119,26 +135,44 @@ def read_diffusers(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> 
 
 def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> VAEConfig:
     """Sizes from the shapes; the latents' mean and standard deviation are the published constants."""
-    dim, blocks = shapes["encoder.conv1.weight"][0], "encoder.downsamples.{}"
-    dim_mult, temporal, count, i = [], [], [0], 0
-    while True:
-        name = blocks.format(i)
+    dim = shapes["encoder.conv1.weight"][0]
+    stages: list[list[int]] = [[]]  # widths of the residual blocks of every stage
+    temporal = []
+    for i in itertools.count():
+        name = f"encoder.downsamples.{i}"
         if f"{name}.residual.6.weight" in shapes:
-            channels, count[-1] = shapes[f"{name}.residual.6.weight"][0], count[-1] + 1
+            stages[-1].append(shapes[f"{name}.residual.6.weight"][0])
         elif f"{name}.resample.1.weight" in shapes:
-            dim_mult.append(channels // dim)
             temporal.append(f"{name}.time_conv.weight" in shapes)
-            count.append(0)
+            stages.append([])
         else:
             break
-        i += 1
     return VAEConfig(
         dim=dim,
         z_dim=shapes["conv2.weight"][0],
-        dim_mult=(*dim_mult, channels // dim),
-        num_res_blocks=count[0],
+        dim_mult=tuple(widths[-1] // dim for widths in stages),
+        num_res_blocks=len(stages[0]),
         temporal_downsample=tuple(temporal),
     )
+
+
+def write_diffusers(config: VAEConfig) -> dict[str, Any]:
+    """`vae/config.json`."""
+    return {
+        "_class_name": "AutoencoderKLWan",
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "attn_scales": [],
+        "base_dim": config.dim,
+        "dim_mult": list(config.dim_mult),
+        "dropout": 0.0,
+        "latents_mean": list(config.latents_mean),
+        "latents_std": list(config.latents_std),
+        "num_res_blocks": config.num_res_blocks,
+        "scale_factor_spatial": config.spatial_factor,
+        "scale_factor_temporal": config.temporal_factor,
+        "temperal_downsample": list(config.temporal_downsample),
+        "z_dim": config.z_dim,
+    }
 
 
 def build(config: VAEConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -146,3 +180,13 @@ def build(config: VAEConfig, rngs: nnx.Rngs) -> nnx.Module:
     from wanjax.models.vae import VAE  # here: a checkpoint is converted without any model
 
     return VAE(config, rngs)
+
+
+NETWORK = Network(
+    build=build,
+    tables={"diffusers": DIFFUSERS, "official": OFFICIAL},
+    read={"diffusers": read_diffusers, "official": read_official},
+    write={"diffusers": write_diffusers},
+    folder="vae",
+    stems={"diffusers": "diffusion_pytorch_model", "official": "Wan2.1_VAE"},
+)
