@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from wanjax.convert import clip, dit, umt5, vae
 from wanjax.convert.mapping import LayoutName, Network, NetworkName, Shape
@@ -111,6 +114,20 @@ class Weights:
         """Name, shape and dtype of every tensor."""
         for file in self.files:
             yield from file.infos.items()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Callable[[str], np.ndarray]]:
+        """Opens all files; gives a function that views a tensor by its name, until the next one is asked for."""
+        with contextlib.ExitStack() as stack:
+            readers = [stack.enter_context(file.open()) for file in self.files]
+            places = {key: reader for file, reader in zip(self.files, readers, strict=True) for key in file.infos}
+
+            def view(key: str) -> np.ndarray:
+                for reader in readers:
+                    reader.release()
+                return places[key].view(key)
+
+            yield view
 
 
 def _indexed_files(index: Path) -> list[TensorFile]:

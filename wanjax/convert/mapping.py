@@ -96,6 +96,10 @@ class Table(NamedTuple):
         """The name without the optional prefix."""
         return key.removeprefix(self.prefix)
 
+    def first_name(self, key: str) -> str:
+        """The bare name, an alias replaced by the name it stands for."""
+        return self.aliases.get(self.bare_name(key), self.bare_name(key))
+
     def is_unused(self, name: str) -> bool:
         """Whether a bare name is that of a known tensor which the network does not use."""
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unused)
@@ -211,13 +215,11 @@ def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape]
     matched: dict[str, str] = {}
     unknown = []
     for key in found:
-        name = table.bare_name(key)
+        name = table.first_name(key)
         if table.is_unused(name):
             continue
-        if name in table.aliases:
-            name = table.aliases[name]
-            if any(table.bare_name(k) == name for k in found):
-                continue  # the tensor is there under its first name
+        if name != table.bare_name(key) and any(table.bare_name(other) == name for other in found):
+            continue  # an alias, and the tensor is there under its first name too
         if name not in entries:
             unknown.append(key)
         elif name in matched:

@@ -38,6 +38,11 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Reader(Protocol):
     """An open file of tensors."""
@@ -130,7 +135,7 @@ class SafetensorsFile:
         for key, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
             info = TensorInfo(tuple(item["shape"]), np.dtype(DTYPES[item["dtype"]]))
             start, stop = (base + offset for offset in item["data_offsets"])
-            if start != end or stop - start != math.prod(info.shape) * info.dtype.itemsize:
+            if start != end or stop - start != info.size:
                 raise ValueError(f"offsets of {key}")
             self.infos[key], self._start[key], end = info, start, stop
         if end != size:
