@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL = np.load(GOLDEN / "official" / "expected.npz")
 DIFFUSERS = np.load(GOLDEN / "solvers.npz")
 DIFFUSERS_CASES = [(1, 5.0), (2, 5.0), (3, 0.5), (8, 3.0), (14, 5.0), (15, 5.0), (50, 16.0), (100, 16.0), (1000, 1.0)]
-SOLVERS = ("unipc", "dpm++", "euler")
+SOLVERS = ("unipc", "dpmpp", "euler")
 
 
 @jax.jit
@@ -32,7 +32,7 @@ def assert_close(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize(("steps", "shift"), [(50, 16), (40, 5), (8, 3), (8, 16)])
-@pytest.mark.parametrize(("solver", "name"), [("unipc", "unipc"), ("dpm++", "dpm")])
+@pytest.mark.parametrize(("solver", "name"), [("unipc", "unipc"), ("dpmpp", "dpm")])
 def test_official(solver, name, steps, shift):
     schedule = solvers.make_schedule(solver, steps, float(shift))
     golden = {k: OFFICIAL[f"sched_{name}_{steps}_{shift}_{k}"] for k in ("timesteps", "sigmas", "samples")}
@@ -58,7 +58,7 @@ def test_timesteps_are_truncated():
     assert timesteps.dtype == np.float32
     np.testing.assert_array_equal(timesteps, np.trunc(timesteps))
     assert timesteps[0] == 999
-    assert solvers.make_schedule("dpm++", 50, 16.0).timesteps[0] == 1000
+    assert solvers.make_schedule("dpmpp", 50, 16.0).timesteps[0] == 1000
     assert solvers.make_schedule("euler", 50, 16.0).timesteps[0] == 1000
 
 
@@ -92,7 +92,7 @@ def endpoint_error(solver, steps, shift, conventions="official", exact_start=Tru
 
 
 @pytest.mark.parametrize("conventions", ["official", "diffusers"])
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpm++", 2), ("unipc", 2)])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("dpmpp", 2), ("unipc", 2)])
 def test_order_of_accuracy(solver, order, conventions):
     errors = np.array([endpoint_error(solver, steps, 1.0, conventions) for steps in (40, 80, 160)])
     orders = np.log2(errors[:-1] / errors[1:])
@@ -138,7 +138,7 @@ def test_every_schedule_is_finite(solver, conventions):
 
 def test_starting_at_pure_noise():
     """DPM++ starts at sigma 1, where lambda is -infinity: its first two steps are of first order."""
-    schedule = solvers.make_schedule("dpm++", 5, 3.0)
+    schedule = solvers.make_schedule("dpmpp", 5, 3.0)
     assert schedule.sigmas[0] == 1
     np.testing.assert_array_equal(schedule.predict[:2, 2], 0)
     assert np.all(schedule.predict[2:4, 2] < 0)

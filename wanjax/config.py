@@ -7,10 +7,16 @@ RoPE, softmax statistics and solvers are float32 whatever these say.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import runpy
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from wanjax.errors import InputError
+
+T = TypeVar("T")
 
 # Statistics of the 16 latent channels of the published Wan2.1 VAE (Wan2.1 `wan/modules/vae.py`).
 # fmt: off
@@ -118,3 +124,56 @@ class CLIPConfig:
     def num_tokens(self) -> int:
         """Class token and patches."""
         return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Everything `sample_jax.py` needs; its flags are these fields.
+
+    None means: taken from the checkpoint or from the given frames, as the comment says.
+    """
+
+    checkpoint: str | None = None  # folder in the Diffusers or the official layout
+    first_frame: str | None = None
+    last_frame: str | None = None
+    prompt: str = ""
+    negative_prompt: str | None = None  # None: the official one of the checkpoint's task
+    output: str = "out/video.mp4"  # .mp4 .gif .npy, or a folder of .png
+    height: int | None = None  # None: from the first frame's aspect ratio at `area`; 16:9 without frames
+    width: int | None = None
+    area: int = 720 * 1280  # pixels of a frame
+    frames: int = 81
+    fps: float = 16
+    steps: int = 50
+    guidance: float = 5.0
+    shift: float | None = None  # None: the checkpoint's; official layout: 16 for flf2v, 5 for i2v and t2v
+    solver: Literal["unipc", "dpmpp", "euler"] = "unipc"
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    conventions: Literal["official", "diffusers"] = "official"
+    initial_noise: str | None = None  # .npy [1, 16, f, h, w]
+    save_latents: str | None = None  # .npy [1, 16, f, h, w]
+    note: str | None = None  # printed before sampling
+
+
+def load_config(path: str, kind: type[T]) -> T:
+    """What `get_config()` of a configuration file returns.
+
+    Raises:
+      InputError: the file is missing or fails, has no `get_config()`, or that returns something else than `kind`.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"config {path} does not exist; a Python file with get_config() is needed; see configs/")
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        config = get_config()
+    except KeyError as error:
+        raise InputError(f"config {path} has no {error}; it must define get_config(); see configs/") from error
+    except Exception as error:  # the file is the user's code: whatever it raises is theirs to read
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"config {path} cannot be read ({reason}); correct the file") from error
+    if not isinstance(config, kind):
+        raise InputError(
+            f"config {path} returns {type(config).__name__}; {kind.__name__} is needed; give the config of this script"
+        )
+    return config

@@ -38,7 +38,7 @@ import numpy as np
 from wanjax.errors import InputError
 from wanjax.flow import NUM_TIMESTEPS, shift_sigma
 
-Solver = Literal["unipc", "dpm++", "euler"]
+Solver = Literal["unipc", "dpmpp", "euler"]
 Conventions = Literal["official", "diffusers"]
 
 
@@ -74,7 +74,7 @@ def make_schedule(
     """Sigmas, timesteps and weights of a solver, computed on the host.
 
     Args:
-      solver: "unipc", "dpm++" or "euler".
+      solver: "unipc", "dpmpp" or "euler".
       steps: how often the network is asked, 1 to 1000.
       shift: positive; 16 for 720p, 3 to 5 for 480p.
       conventions: whose sigmas and timesteps, "official" or "diffusers". The official code has no Euler; it gets the
@@ -102,8 +102,9 @@ def make_schedule(
 def init(noise: jax.Array) -> SolverState:
     """The state before the first step. `noise`: standard normal, any shape and dtype."""
     noise = noise.astype(jnp.float32)  # solvers are float32
-    zeros = jnp.zeros_like(noise)
-    return SolverState(sample=noise, corrected=zeros, x0=zeros, x0_older=zeros)
+    # Three arrays, not one thrice: a jitted loop may be given the state to overwrite.
+    corrected, x0, x0_older = (jnp.zeros_like(noise) for _ in range(3))
+    return SolverState(noise, corrected, x0, x0_older)
 
 
 def step(schedule: Schedule, i: jax.Array | int, state: SolverState, velocity: jax.Array) -> SolverState:
@@ -139,7 +140,7 @@ def _sigmas(solver: Solver, steps: int, shift: float, conventions: Conventions) 
         sigmas = shift_sigma(np.linspace(1, last, steps + 1)[:-1], shift)  # [n]
         sigmas[0] -= 1e-6  # diffusers keeps lambda finite this way
         return sigmas
-    if solver == "dpm++":
+    if solver == "dpmpp":
         return shift_sigma((1 - np.linspace(1, last, steps + 1))[:0:-1], shift)  # [n]
     # FlowMatchEulerDiscreteScheduler ends at the shifted last sigma and then shifts every sigma, that one for the
     # second time; it takes the first shift in float32.

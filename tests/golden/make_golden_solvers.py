@@ -16,7 +16,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 CASES = [(1, 5.0), (2, 5.0), (3, 0.5), (8, 3.0), (14, 5.0), (15, 5.0), (50, 16.0), (100, 16.0), (1000, 1.0)]
-SOLVERS = ("unipc", "dpm++", "euler")
+SOLVERS = ("unipc", "dpmpp", "euler")
 
 
 def scheduler(solver: str, shift: float):

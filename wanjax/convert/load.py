@@ -81,6 +81,14 @@ class Checkpoint:
             where = network_place(self.path, self.layout, network)[0]
             raise InputError(f"{where} has no usable configuration of the {network} ({error}).") from error
 
+    def check(self, network: NetworkName, config: Any) -> None:
+        """Find out, from the files' headers alone, whether `load` would work.
+
+        Raises:
+          InputError: as `load`.
+        """
+        self.match(network, config, parameters(abstract_model(network, config)))
+
     def load(self, network: NetworkName, config: Any, sharding: ChooseSharding | None = None) -> Any:
         """The network with its weights on the devices, in the dtypes of `config`.
 

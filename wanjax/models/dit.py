@@ -9,6 +9,7 @@ cross-attention between them. Text and image are attended to separately with the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -140,6 +141,7 @@ class SelfAttention(nnx.Module):
         self.num_heads = c.num_heads
 
     def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
+        """`[b, l, e]` -> `[b, l, e]`."""
         q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), rotation)  # [b, l, n, d]
         k = rotate(split_heads(self.norm_k(self.k(x)), self.num_heads), rotation)
         v = split_heads(self.v(x), self.num_heads)
@@ -170,6 +172,7 @@ class CrossAttention(nnx.Module):
         return Context(k, v, k_image, split_heads(self.v_image(image), self.num_heads))
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
         y = attention(q, context.k, context.v)
         if context.k_image is not None and context.v_image is not None:
@@ -194,7 +197,8 @@ class MLP(nnx.Module):
         self.fc_in = Linear(in_dim, hidden, rngs, axes=("embed", "mlp"), param_dtype=param_dtype, init=init)
         self.fc_out = Linear(hidden, out_dim, rngs, axes=("mlp", "embed"), param_dtype=param_dtype, init=init)
 
-    def __call__(self, x: jax.Array, activation) -> jax.Array:
+    def __call__(self, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """`[.., in_dim]` -> `[.., out_dim]`."""
         return self.fc_out(activation(self.fc_in(x)))
 
 

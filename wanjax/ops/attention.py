@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# Scores of one chunk: small enough for a core's cache, large enough to keep the matrix units busy.
+# Small enough for the chunk's scores to stay in the cache, large enough for matrix products at full speed.
 QUERY_CHUNK = 256
 
 
@@ -25,22 +25,27 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = QUERY_CHUNK) -> jax.Array:
-    """The reference: exact softmax over all keys, a chunk of queries at a time.
+    """The reference: exact softmax over all keys, for one head and one chunk of queries at a time.
 
-    Memory is `[b, n, chunk, lk]`, never `[b, n, lq, lk]`: XLA on CPU would write the whole score matrix otherwise.
+    The scores in memory are `[chunk, lk]`, which stay in a CPU's cache; XLA would write all of `[b, n, lq, lk]`.
     """
     b, length, n, d = q.shape
     chunk = min(chunk, length)
-    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
-    padded = jnp.pad(q, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
-    chunks = padded.reshape(b, -1, chunk, n, d).transpose(1, 0, 3, 2, 4)  # [chunks, b, n, chunk, d]
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [b, n, lk, d]
+    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)  # scaled in float32: d**-0.5 is not exact in bf16
+    q = jnp.pad(q, ((0, 0), (0, -length % chunk), (0, 0), (0, 0))).transpose(0, 2, 1, 3)  # [b, n, lq, d]
+    q = q.reshape(b * n, -1, chunk, d)  # [b * n, chunks, chunk, d]
+    k = k.transpose(0, 2, 3, 1).reshape(b * n, d, -1)  # [b * n, d, lk]
+    v = v.transpose(0, 2, 1, 3).reshape(b * n, -1, d)  # [b * n, lk, d]
 
-    def attend(q_chunk: jax.Array) -> jax.Array:
-        scores = jnp.einsum("bnqd,bnkd->bnqk", q_chunk, k, preferred_element_type=jnp.float32)
+    def attend(q_chunk: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        scores = jnp.matmul(q_chunk, k, preferred_element_type=jnp.float32)  # [chunk, lk]
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        out = jnp.einsum("bnqk,bnkd->bnqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+        out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)  # [chunk, d]
+        return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q_chunk.dtype)
 
-    out = jax.lax.map(attend, chunks)  # [chunks, b, n, chunk, d]
-    return out.transpose(1, 0, 3, 2, 4).reshape(b, -1, n, d)[:, :length]  # [b, lq, n, d]
+    def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = head
+        return jax.lax.map(lambda q_chunk: attend(q_chunk, k, v), q)  # [chunks, chunk, d]
+
+    out = jax.lax.map(attend_head, (q, k, v)).reshape(b, n, -1, d)  # [b, n, lq, d]
+    return out.transpose(0, 2, 1, 3)[:, :length]  # [b, lq, n, d]

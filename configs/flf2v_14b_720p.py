@@ -1,0 +1,15 @@
+"""First and last frame to video, Wan2.1-FLF2V-14B-720P: 81 frames of 720p area, five seconds.
+
+    python sample_jax.py --config configs/flf2v_14b_720p.py --checkpoint Wan2.1-FLF2V-14B-720P \
+        --first-frame first.png --last-frame last.png --prompt "..."
+
+Values are those of the official command line (Wan2.1 `generate.py --task flf2v-14B`). In bfloat16 the DiT's weights
+take 33 GB and umT5's 11 GB; they are not on the device at the same time.
+"""
+
+from wanjax.config import SampleConfig
+
+
+def get_config() -> SampleConfig:
+    """The settings."""
+    return SampleConfig(area=720 * 1280, frames=81, fps=16, steps=50, guidance=5.0, shift=16.0)

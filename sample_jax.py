@@ -1,0 +1,103 @@
+"""Two pictures and a sentence go in, a video comes out.
+
+    python sample_jax.py --checkpoint Wan2.1-FLF2V-14B-720P --first-frame a.png --last-frame b.png --prompt "..."
+
+Defaults come from --config (configs/*.py) and from the checkpoint; flags override them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+from wanjax.config import SampleConfig, load_config
+from wanjax.errors import InputError
+
+HELP = {
+    "checkpoint": "folder in the Diffusers or the official layout",
+    "first_frame": "picture the video begins with (without: text to video)",
+    "last_frame": "picture the video ends with (without: image to video)",
+    "prompt": "what happens",
+    "negative_prompt": "what to avoid (default: the official list)",
+    "output": ".mp4, .gif, .npy (uint8 [f, h, w, 3]) or a folder for .png",
+    "height": "pixels, a multiple of 16 (default: the first frame's aspect ratio at the configured area)",
+    "width": "pixels, a multiple of 16",
+    "frames": "4n+1",
+    "fps": "frames per second of the output file",
+    "steps": "solver steps",
+    "guidance": "classifier-free guidance scale; 1 turns it off and halves the time",
+    "shift": "timestep shift (default: the checkpoint's)",
+    "solver": "solver",
+    "seed": "of the initial noise",
+    "dtype": "of weights and activations",
+    "conventions": "whose schedule and preprocessing; the published models were trained with the official ones",
+    "initial_noise": ".npy [1, 16, f, h, w] instead of the seed's noise",
+    "save_latents": ".npy [1, 16, f, h, w]: also write the normalised latents",
+}
+CHOICES = {
+    "solver": ("unipc", "dpmpp", "euler"),
+    "dtype": ("bfloat16", "float32"),
+    "conventions": ("official", "diffusers"),
+}
+TYPES = dict.fromkeys(("height", "width", "frames", "steps", "seed"), int) | dict.fromkeys(
+    ("fps", "guidance", "shift"), float
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for bad flags too."""
+
+    def error(self, message: str):
+        """Raise instead of printing the usage."""
+        raise InputError(f"{message}; see --help")
+
+
+def parse(argv: list[str] | None = None) -> SampleConfig:
+    """Flags over configuration file over defaults."""
+    parser = Parser("sample_jax.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="configs/*.py with get_config() -> SampleConfig")
+    for name, text in HELP.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=TYPES.get(name, str), choices=CHOICES.get(name), help=text)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    file = given.pop("config", None)
+    config = load_config(file, SampleConfig) if file else SampleConfig()
+    return dataclasses.replace(config, **given)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    config = parse(argv)
+    from wanjax import media, pipeline  # here: --help and bad flags need no JAX
+
+    # ---- everything that can be wrong, before hours of work
+    plan = pipeline.prepare(config)
+    media.check_output(config.output)
+    if config.save_latents:
+        media.check_output(config.save_latents, accepted=(".npy",))
+    if config.note:
+        print(config.note)
+    frames, size = config.frames, f"{plan.width}x{plan.height}"
+    print(f"{plan.task}, {frames} frames of {size}, {config.solver} {config.steps} steps, guidance {config.guidance}")
+
+    # ---- the work
+    result = pipeline.sample(plan)
+
+    # ---- files appear whole or not at all
+    if config.save_latents:
+        import numpy as np
+
+        media.save_array(config.save_latents, np.moveaxis(result.latents, -1, 1))
+    media.write_video(config.output, result.video, config.fps)
+    print(f"{config.output}  ({', '.join(f'{stage} {s:.1f} s' for stage, s in result.seconds.items())})")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,203 @@
+"""The whole run through the command line, against both references; and every bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import sample_jax
+from wanjax.errors import InputError
+
+GOLDEN = Path(__file__).parent / "golden"
+DIFFUSERS, OFFICIAL = GOLDEN / "diffusers", GOLDEN / "official"
+
+
+def flags(layout, **changes):
+    """The golden case of a layout as flags; None drops one."""
+    case = json.loads((layout / "case.json").read_text())
+    named = {name: case[name] for name in ("prompt", "negative_prompt", "height", "width", "frames", "steps", "shift")}
+    named |= {
+        "guidance": case["guidance"],
+        "checkpoint": layout,
+        "first_frame": layout / "first.png",
+        "last_frame": layout / "last.png",
+        "dtype": "float32",
+        "conventions": layout.name,
+    } | changes
+    return [
+        x for name, value in named.items() if value is not None for x in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "solver", "latents", "video"),
+    [
+        (DIFFUSERS, "unipc", "pipeline_latents", "pipeline_video"),
+        (OFFICIAL, "unipc", "unipc_latents", "unipc_video_f16"),
+        (OFFICIAL, "dpmpp", "dpm_latents", "dpm_video_f16"),
+    ],
+)
+def test_whole_run_equals_reference(tmp_path, capsys, layout, solver, latents, video):
+    expected = np.load(layout / "expected.npz")
+    noise = expected["init_noise"]
+    np.save(tmp_path / "noise.npy", noise.reshape(1, *noise.shape[-4:]))
+    files = {"initial_noise": tmp_path / "noise.npy", "save_latents": tmp_path / "l.npy", "output": tmp_path / "v.npy"}
+    sample_jax.main(flags(layout, solver=solver, **files))
+
+    ours = np.load(tmp_path / "l.npy")
+    assert ours.dtype == np.float32
+    assert ours.shape == np.load(tmp_path / "noise.npy").shape
+    assert np.abs(ours - expected[latents].reshape(ours.shape)).max() <= 2e-3
+
+    reference = expected[video].astype(np.float32)
+    if layout == OFFICIAL:  # stored as [c, F, H, W] in [-1, 1]
+        reference = (np.moveaxis(reference, 0, -1) + 1) / 2
+    reference = reference.reshape(-1, *reference.shape[-3:])
+    frames = np.load(tmp_path / "v.npy")
+    assert frames.dtype == np.uint8
+    every = frames.shape[1] // reference.shape[1]  # one video is stored with every second pixel
+    assert np.abs(frames[:, ::every, ::every] / 255 - reference).max() <= 2 / 255
+
+    out = capsys.readouterr()
+    assert out.out.splitlines()[-1].startswith(str(tmp_path / "v.npy"))
+    assert "denoise" in out.out.splitlines()[-1]
+    assert "VAE decode" in out.err  # the progress bars
+
+
+def test_first_frame_alone_and_defaults(tmp_path, capsys):
+    """Size from the frame's aspect ratio at the area; a first frame alone is image to video; a seed repeats itself."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from wanjax.config import SampleConfig\ndef get_config():\n    return SampleConfig(area=48 * 64)\n"
+    )
+    run = {"last_frame": None, "height": None, "width": None, "negative_prompt": None, "shift": None, "steps": 2}
+    for name in ("a", "b"):
+        sample_jax.main(
+            ["--config", str(config), *flags(DIFFUSERS, **run, output=tmp_path / f"{name}.npy", conventions="official")]
+        )
+    assert "i2v" in capsys.readouterr().out
+    a, b = (np.load(tmp_path / f"{name}.npy") for name in ("a", "b"))
+    assert a.shape == (9, 48, 64, 3)
+    np.testing.assert_array_equal(a, b)
+
+
+def t2v_checkpoint(folder):
+    """The golden checkpoint with a text-to-video DiT: no image branch, 16 input channels."""
+    shutil.copytree(DIFFUSERS, folder, ignore=shutil.ignore_patterns("image_*", "expected.npz"))
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    image = ("image_embedder", "add_k_proj", "add_v_proj", "norm_added_k")
+    tensors = {k: v for k, v in tensors.items() if not any(part in k for part in image)}
+    tensors["patch_embedding.weight"] = np.ascontiguousarray(tensors["patch_embedding.weight"][:, :16])
+    safetensors.numpy.save_file(tensors, file)
+    settings = json.loads((folder / "transformer/config.json").read_text())
+    settings |= {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None, "in_channels": 16}
+    (folder / "transformer/config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_text_to_video_without_guidance(tmp_path):
+    checkpoint = t2v_checkpoint(tmp_path / "t2v")
+    run = {"checkpoint": checkpoint, "first_frame": None, "last_frame": None, "guidance": 1, "steps": 2}
+    sample_jax.main(flags(DIFFUSERS, **run, solver="euler", output=tmp_path / "frames"))
+    assert sorted(p.name for p in (tmp_path / "frames").iterdir()) == [f"{i:05d}.png" for i in range(9)]
+
+
+def broken(tmp_path, kind):
+    """A copy of the golden checkpoint with one fault."""
+    folder = tmp_path / "checkpoint"
+    if kind == "t2v":
+        return t2v_checkpoint(folder)
+    shutil.copytree(DIFFUSERS, folder, ignore=shutil.ignore_patterns("expected.npz"))
+    file = folder / ("vae" if kind == "truncated" else "transformer") / "diffusion_pytorch_model.safetensors"
+    if kind == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+        return folder
+    tensors = safetensors.numpy.load_file(file)
+    name = "blocks.0.attn1.to_q.weight"
+    if kind == "missing":
+        del tensors[name]
+    elif kind == "unknown":
+        tensors["blocks.0.attn9.to_q.weight"] = tensors[name]
+    elif kind == "misshapen":
+        tensors[name] = np.ascontiguousarray(tensors[name][:, 1:])
+    safetensors.numpy.save_file(tensors, file)
+    return folder
+
+
+BAD = {
+    "frames not 4n+1": ({"frames": 10}, ["10 frames", "4n+1", "use 9 or 13"]),
+    "size": ({"height": 40}, ["height 40", "multiples of 16"]),
+    "missing image": ({"first_frame": "nowhere.png"}, ["nowhere.png", "does not exist"]),
+    "unreadable image": ({"last_frame": DIFFUSERS / "case.json"}, ["case.json", "not a picture"]),
+    "last frame alone": ({"first_frame": None}, ["--last-frame", "--first-frame"]),
+    "no frame": ({"first_frame": None, "last_frame": None}, ["no frame", "flf2v"]),
+    "no checkpoint": ({"checkpoint": "nowhere"}, ["nowhere"]),
+    "output": ({"output": "video.avi"}, ["video.avi", ".mp4"]),
+    "latents": ({"save_latents": "latents.txt"}, ["latents.txt", ".npy"]),
+    "noise": ({"initial_noise": "nowhere.npy"}, ["nowhere.npy"]),
+    "steps": ({"steps": 0}, ["0 steps"]),
+    "number": ({"steps": "many"}, ["--steps", "many"]),
+    "choice": ({"solver": "heun"}, ["heun", "unipc"]),
+    "fps": ({"fps": 0}, ["fps 0"]),
+}
+
+
+def refused(argv, words):
+    with pytest.raises(InputError) as caught:
+        sample_jax.main(argv)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD.values(), ids=BAD)
+def test_bad_flags(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    refused(flags(DIFFUSERS, **({"output": "v.npy"} | changes)), words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", ["blocks.0.attn1.to_q.weight"]),
+        ("unknown", ["blocks.0.attn9.to_q.weight"]),
+        ("misshapen", ["blocks.0.attn1.to_q.weight", "64"]),
+        ("truncated", ["vae", "diffusion_pytorch_model.safetensors"]),
+        ("t2v", ["t2v", "--first-frame"]),
+    ],
+)
+def test_bad_checkpoints_are_found_before_the_work(tmp_path, capsys, kind, words):
+    refused(flags(DIFFUSERS, checkpoint=broken(tmp_path, kind), output=tmp_path / "v.npy"), words)
+    assert "text" not in capsys.readouterr().err  # not one stage has begun
+    assert not (tmp_path / "v.npy").exists()
+
+
+def test_noise_of_another_shape(tmp_path):
+    np.save(tmp_path / "noise.npy", np.zeros((1, 16, 2, 6, 8), np.float32))
+    changes = {"initial_noise": tmp_path / "noise.npy", "output": tmp_path / "v.npy"}
+    refused(flags(DIFFUSERS, **changes), ["[1, 16, 2, 6, 8]", "[1, 16, 3, 6, 8]"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("", ["get_config"]), ("1 / 0", ["ZeroDivisionError"]), ("def get_config():\n    return 3", ["int"])],
+)
+def test_bad_config(tmp_path, text, words):
+    (tmp_path / "config.py").write_text(text)
+    refused(["--config", str(tmp_path / "config.py")], words)
+
+
+def test_exit_code_and_one_line(tmp_path):
+    argv = flags(DIFFUSERS, frames=10, output=tmp_path / "v.npy")
+    run = subprocess.run([sys.executable, sample_jax.__file__, *argv], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("error: 10 frames")
+    assert run.stderr.count("\n") == 1

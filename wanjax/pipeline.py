@@ -1,0 +1,329 @@
+"""From two pictures and a sentence to a video: check everything, then encode, denoise, decode.
+
+    plan = prepare(config)        # reads settings, pictures and tensor names; every bad input is found here
+    result = sample(plan)         # loads each network when its turn comes and lets it go afterwards
+
+Each stage is one jitted function that a loop on the host calls: once a chunk of frames for the VAE, once a step for the
+DiT. So a stage compiles once, can show how far it is, and holds only one chunk of frames on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from wanjax import conditioning, images, media, solvers, text
+from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
+from wanjax.convert import Checkpoint
+from wanjax.errors import InputError
+from wanjax.models.clip import CLIPVision
+from wanjax.models.dit import Context, DiT
+from wanjax.models.vae import VAE
+from wanjax.models.vae_blocks import Cache
+
+Pixels = np.ndarray
+SHIFTS = {"t2v": 5.0, "i2v": 5.0, "flf2v": 16.0}  # the official command line's
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked request: settings of every network, conditioning pictures, schedule and noise."""
+
+    config: SampleConfig
+    checkpoint: Checkpoint
+    dit: DiTConfig
+    vae: VAEConfig
+    umt5: UMT5Config
+    clip: CLIPConfig | None
+    task: conditioning.Task
+    height: int
+    width: int
+    video_pixels: Pixels | None  # [k, H, W, 3], what the VAE sees of the given frames
+    clip_pixels: Pixels | None  # [k, s, s, 3], what CLIP sees of them
+    ids: np.ndarray  # [b, l] tokens of the prompt and, with guidance, of the negative prompt
+    mask: np.ndarray
+    schedule: solvers.Schedule
+    noise: np.ndarray  # [1, f, h, w, c] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """`latents` [1, f, h, w, c] float32, normalised; `video` uint8 `[F, H, W, 3]`; seconds by stage."""
+
+    latents: np.ndarray
+    video: np.ndarray
+    seconds: dict[str, float]
+
+
+def prepare(config: SampleConfig) -> Plan:
+    """Check a request and read all of it but the weights.
+
+    Raises:
+      InputError: anything in it that cannot be used.
+    """
+    if config.checkpoint is None:
+        raise InputError("no checkpoint; a folder in the Diffusers or the official layout is needed; give --checkpoint")
+    checkpoint = Checkpoint(config.checkpoint)
+    dtype = jnp.dtype(config.dtype)
+    dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
+    umt5 = checkpoint.config("umt5", dtype=dtype, param_dtype=dtype)
+    vae = checkpoint.config("vae")  # float32 as in the official code: the VAE is 1% of the work and shows every error
+    clip = None if dit.image_dim is None else checkpoint.config("clip", dtype=dtype, param_dtype=dtype)
+    task = choose_task(dit, config)
+    for network, settings in {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip}.items():
+        if settings is not None:
+            checkpoint.check(network, settings)
+
+    if not config.fps > 0:
+        raise InputError(f"fps {config.fps}; a number above 0 is accepted; 16 is what the model was trained with")
+    f = conditioning.latent_frames(config.frames)
+    pictures = [images.read_image(p) for p in (config.first_frame, config.last_frame) if p is not None]
+    height, width = choose_size(config, pictures)
+    pictures = images.match_frames(pictures, height, width, config.conventions) if pictures else []
+    negative = text.NEGATIVE_PROMPTS[task] if config.negative_prompt is None else config.negative_prompt
+    prompts = [config.prompt] if config.guidance == 1 else [config.prompt, negative]
+    ids, mask = text.Tokenizer(checkpoint.tokenizer_dir, dit.text_len)(prompts)
+    shift = config.shift or checkpoint.flow_shift or SHIFTS[task]
+    return Plan(
+        config=config,
+        checkpoint=checkpoint,
+        dit=dit,
+        vae=vae,
+        umt5=umt5,
+        clip=clip,
+        task=task,
+        height=height,
+        width=width,
+        video_pixels=_stack([images.video_pixels(p, height, width, config.conventions) for p in pictures]),
+        clip_pixels=_stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures if clip]),
+        ids=ids,
+        mask=mask,
+        schedule=solvers.make_schedule(config.solver, config.steps, shift, config.conventions),
+        noise=make_noise(config, (1, f, *conditioning.latent_size(height, width), dit.out_channels)),
+    )
+
+
+def choose_task(dit: DiTConfig, config: SampleConfig) -> conditioning.Task:
+    """The task that the given frames ask for, if the network can do it.
+
+    An flf2v network also takes a first frame alone, as it learned in its first training stage.
+
+    Raises:
+      InputError: it cannot.
+    """
+    given = tuple(
+        name for name, path in (("first", config.first_frame), ("last", config.last_frame)) if path is not None
+    )
+    asked = {(): "t2v", ("first",): "i2v", ("first", "last"): "flf2v"}.get(given)
+    accepted = {"t2v": ("t2v",), "i2v": ("i2v",), "flf2v": ("i2v", "flf2v")}[dit.task]
+    if asked not in accepted:
+        flags = {
+            "t2v": "no frames",
+            "i2v": "--first-frame alone",
+            "flf2v": "--first-frame with or without --last-frame",
+        }
+        frames = " and ".join(f"--{name}-frame" for name in given) or "no frame"
+        raise InputError(
+            f"{frames} given to a {dit.task} checkpoint, which takes {flags[dit.task]}; "
+            "change the frames or give another --checkpoint"
+        )
+    return asked
+
+
+def choose_size(config: SampleConfig, pictures: list[Any]) -> tuple[int, int]:
+    """Height and width in pixels: as given, or else with the first picture's aspect ratio at the configured area."""
+    if config.height is not None and config.width is not None:
+        height, width = config.height, config.width
+    else:
+        first = pictures[0] if pictures else np.zeros((9, 16, 3), np.uint8)
+        height, width = images.choose_size(first, config.area)
+        if config.height is not None:
+            height, width = config.height, max(16, round(config.height * width / height / 16) * 16)
+        elif config.width is not None:
+            height, width = max(16, round(config.width * height / width / 16) * 16), config.width
+    conditioning.latent_size(height, width)
+    return height, width
+
+
+def make_noise(config: SampleConfig, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal `[1, f, h, w, c]` from the seed, or the given file, which is channels first."""
+    if config.initial_noise is None:
+        return np.asarray(jax.random.normal(jax.random.key(config.seed), shape, jnp.float32))
+    b, f, h, w, c = shape
+    return np.moveaxis(media.load_noise(config.initial_noise, (b, c, f, h, w)), 1, -1)
+
+
+def sample(plan: Plan) -> Result:
+    """Run the plan, stage after stage, with a progress bar each.
+
+    A network is on the device only while it is needed, so that the largest, not the sum, has to fit.
+    """
+    seconds: dict[str, float] = {}
+    precision = "highest" if plan.config.dtype == "float32" else None  # or accelerators multiply float32 in bf16
+    with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+        with _stage("text", 1, seconds) as tick:
+            features = encode_text(plan)
+            tick()
+        image = None
+        if plan.clip_pixels is not None:
+            with _stage("images", 1, seconds) as tick:
+                image = encode_images(plan)
+                tick()
+        vae = plan.checkpoint.load("vae", plan.vae)
+        with _stage("VAE encode", plan.noise.shape[1], seconds) as tick:
+            control = encode_control(plan, vae, tick)
+        with _stage("denoise", plan.config.steps, seconds) as tick:
+            latents = denoise(plan, features, image, control, tick)
+        if not jnp.isfinite(latents).all():
+            raise InputError(
+                "the latents became NaN or infinite; finite weights and noise are needed; try --dtype float32"
+            )
+        with _stage("VAE decode", plan.noise.shape[1], seconds) as tick:
+            video = decode(vae, latents, tick)
+    return Result(np.asarray(latents), video, seconds)
+
+
+@contextlib.contextmanager
+def _stage(name: str, total: int, seconds: dict[str, float]) -> Iterator[Callable[[], None]]:
+    """A progress bar with time left; yields what moves it on, and notes the time the stage took."""
+    start = time.perf_counter()
+    with tqdm(total=total, desc=f"{name:10s}", dynamic_ncols=True) as bar:
+        yield lambda: (bar.update(), None)[1]
+    seconds[name] = time.perf_counter() - start
+
+
+def encode_text(plan: Plan) -> jax.Array:
+    """Text features `[b, l, text_dim]`: the prompt's and, with guidance, the negative prompt's."""
+    encoder = plan.checkpoint.load("umt5", plan.umt5)
+    return jax.block_until_ready(_encode_text(encoder, plan.ids, plan.mask))
+
+
+def encode_images(plan: Plan) -> jax.Array:
+    """CLIP features of the given frames one after the other, `[1, k tokens, image_dim]`."""
+    clip = plan.checkpoint.load("clip", plan.clip)
+    features = _encode_images(clip, plan.clip_pixels)  # [k, tokens, image_dim]
+    return jax.block_until_ready(features.reshape(1, -1, features.shape[-1]))  # [1, k tokens, image_dim]
+
+
+def encode_control(plan: Plan, vae: VAE, tick: Callable[[], None] = lambda: None) -> jax.Array | None:
+    """The control branch `[1, f, h, w, 20]`; None for a network without one."""
+    _, f, h, w, c = plan.noise.shape
+    if plan.dit.in_channels == c:
+        return None
+    given = conditioning.given_frames(plan.task, plan.config.frames)  # [F]
+    pixels = iter(plan.video_pixels if plan.video_pixels is not None else ())
+    latents, cache = [], None
+    for start in [0, *range(1, len(given), conditioning.TEMPORAL_FACTOR)]:
+        chunk = given[start : start + (conditioning.TEMPORAL_FACTOR if start else 1)]
+        frames = np.zeros((1, len(chunk), plan.height, plan.width, 3), np.float32)
+        for i in np.flatnonzero(chunk):
+            frames[0, i] = next(pixels)
+        chunk_latents, cache = _encode_chunk(vae, frames, cache)
+        latents.append(chunk_latents)
+        tick()
+    mask = conditioning.latent_mask(given[None], h, w)
+    return conditioning.control_branch(mask, jnp.concatenate(latents, axis=1))
+
+
+def denoise(
+    plan: Plan,
+    features: jax.Array,
+    image: jax.Array | None,
+    control: jax.Array | None,
+    tick: Callable[[], None] = lambda: None,
+) -> jax.Array:
+    """Latents `[1, f, h, w, c]`, float32, from the plan's noise."""
+    dit = plan.checkpoint.load("dit", plan.dit)
+    if image is not None:
+        image = jnp.repeat(image, len(features), axis=0)  # both branches of guidance see the frames
+    context = _context(dit, features, image)
+    state = solvers.init(jnp.asarray(plan.noise))
+    for i in range(plan.config.steps):
+        state = denoise_steps(dit, plan.schedule, state, control, context, plan.config.guidance, i, i + 1)
+        jax.block_until_ready(state)  # so that the progress bar tells the truth
+        tick()
+    return state.sample
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def denoise_steps(
+    dit: DiT,
+    schedule: solvers.Schedule,
+    state: solvers.SolverState,
+    control: jax.Array | None,
+    context: Context,
+    guidance: jax.Array | float,
+    start: jax.Array | int,
+    stop: jax.Array | int,
+) -> solvers.SolverState:
+    """The solver's steps `start` to `stop - 1`: one compiled loop for any part of the schedule.
+
+    Args:
+      dit: the network.
+      schedule, state: from `solvers`.
+      control: control branch `[1, f, h, w, 20]`, or None.
+      context: from `dit.context`; a batch of two means guidance: the prompt, then the negative prompt.
+      guidance: scale of the difference between the two.
+      start, stop: steps.
+    """
+    branches = context.k.shape[1]
+
+    def body(i: jax.Array, state: solvers.SolverState) -> solvers.SolverState:
+        x = state.sample if control is None else jnp.concatenate([state.sample, control], axis=-1)
+        x = jnp.repeat(x, branches, axis=0)  # [branches, f, h, w, c_in]
+        timestep = jnp.broadcast_to(schedule.timesteps[i], (branches,))
+        velocity = dit(x, timestep, context)  # [branches, f, h, w, c]
+        if branches == 2:
+            positive, negative = jnp.split(velocity, 2)
+            velocity = negative + guidance * (positive - negative)  # [1, f, h, w, c]
+        return solvers.step(schedule, i, state, velocity)
+
+    schedule = jax.tree.map(jnp.asarray, schedule)
+    return jax.lax.fori_loop(start, stop, body, state)
+
+
+def decode(vae: VAE, latents: jax.Array, tick: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Latents `[1, f, h, w, c]` to uint8 frames `[F, H, W, 3]` on the host."""
+    chunks, cache = [], None
+    for i in range(latents.shape[1]):
+        frames, cache = _decode_chunk(vae, latents[:, i : i + 1], cache)
+        chunks.append(np.asarray(frames))
+        tick()
+    return np.concatenate(chunks)
+
+
+_encode_text = jax.jit(text.encode_text)
+
+
+@jax.jit
+def _encode_images(clip: CLIPVision, pixels: jax.Array) -> jax.Array:
+    return clip(pixels)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _encode_chunk(vae: VAE, frames: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    return vae.encode_chunk(frames, cache)
+
+
+@jax.jit
+def _context(dit: DiT, features: jax.Array, image: jax.Array | None) -> Context:
+    return dit.context(features, image)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _decode_chunk(vae: VAE, latents: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    video, cache = vae.decode_chunk(latents, cache)
+    return jnp.round((video[0].astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8), cache  # [F, H, W, 3]
+
+
+def _stack(pixels: list[Pixels]) -> Pixels | None:
+    return np.stack(pixels) if pixels else None
