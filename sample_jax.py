@@ -40,9 +40,10 @@ CHOICES = {
     "dtype": ("bfloat16", "float32"),
     "conventions": ("official", "diffusers"),
 }
-TYPES = dict.fromkeys(("height", "width", "frames", "steps", "seed"), int) | dict.fromkeys(
-    ("fps", "guidance", "shift"), float
-)
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("height", "width", "frames", "steps", "seed"), int),
+    **dict.fromkeys(("fps", "guidance", "shift"), float),
+}
 
 
 class Parser(argparse.ArgumentParser):

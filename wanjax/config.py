@@ -53,6 +53,7 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of one head."""
         return self.dim // self.num_heads
 
     @property
@@ -82,10 +83,12 @@ class VAEConfig:
 
     @property
     def spatial_factor(self) -> int:
+        """Pixels along the side of a latent cell."""
         return 2 ** len(self.temporal_downsample)
 
     @property
     def temporal_factor(self) -> int:
+        """Pixel frames in a latent frame, but for the first."""
         return 2 ** sum(self.temporal_downsample)
 
 

@@ -79,9 +79,11 @@ def prepare(config: SampleConfig) -> Plan:
     vae = checkpoint.config("vae")  # float32 as in the official code: the VAE is 1% of the work and shows every error
     clip = None if dit.image_dim is None else checkpoint.config("clip", dtype=dtype, param_dtype=dtype)
     task = choose_task(dit, config)
-    for network, settings in {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip}.items():
-        if settings is not None:
-            checkpoint.check(network, settings)
+    checkpoint.check("dit", dit)
+    checkpoint.check("umt5", umt5)
+    checkpoint.check("vae", vae)
+    if clip is not None:
+        checkpoint.check("clip", clip)
 
     if not config.fps > 0:
         raise InputError(f"fps {config.fps}; a number above 0 is accepted; 16 is what the model was trained with")
@@ -123,9 +125,10 @@ def choose_task(dit: DiTConfig, config: SampleConfig) -> conditioning.Task:
     given = tuple(
         name for name, path in (("first", config.first_frame), ("last", config.last_frame)) if path is not None
     )
-    asked = {(): "t2v", ("first",): "i2v", ("first", "last"): "flf2v"}.get(given)
+    tasks: dict[tuple[str, ...], conditioning.Task] = {(): "t2v", ("first",): "i2v", ("first", "last"): "flf2v"}
+    asked = tasks.get(given)
     accepted = {"t2v": ("t2v",), "i2v": ("i2v",), "flf2v": ("i2v", "flf2v")}[dit.task]
-    if asked not in accepted:
+    if asked is None or asked not in accepted:
         flags = {
             "t2v": "no frames",
             "i2v": "--first-frame alone",
@@ -216,7 +219,7 @@ def encode_images(plan: Plan) -> jax.Array:
 
 def encode_control(plan: Plan, vae: VAE, tick: Callable[[], None] = lambda: None) -> jax.Array | None:
     """The control branch `[1, f, h, w, 20]`; None for a network without one."""
-    _, f, h, w, c = plan.noise.shape
+    h, w, c = plan.noise.shape[-3:]
     if plan.dit.in_channels == c:
         return None
     given = conditioning.given_frames(plan.task, plan.config.frames)  # [F]
