@@ -1,0 +1,51 @@
+# make sample and make test do all their own set-up; they need Python 3.11 or newer with pip, nothing else.
+#   PYTHON=python3.12 make test     another interpreter
+#   TORCH="torch==2.13.0 --index-url ..." make parity     another build of torch (the default may be a CUDA one)
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: sample test lint golden parity parity-setup bench clean
+
+sample: .venv/.installed  ## a tiny RANDOM checkpoint on two pictures: out/video.mp4
+	$(BIN)/python sample_jax.py --config configs/tiny_random.py
+
+test: .venv/.installed  ## what needs neither torch nor an accelerator's compiler
+	@echo "Deselected here: live (against diffusers, run 'make parity') and aot (compiles for TPUs, needs the aot extra)."
+	$(BIN)/python -m pytest -n 2 -m "not live and not aot"
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+golden: .venv/.golden  ## remakes tests/golden but for official/
+	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python tests/golden/make_golden_solvers.py
+
+parity: .venv/.golden  ## against diffusers and transformers running beside it
+	$(BIN)/python -m pytest -m live
+
+parity-setup: .venv/.golden
+
+bench: .venv/.installed  ## every script of benchmarks/, one after the other
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache out
+
+# The stamp is younger than pyproject.toml: installed, and nothing to do.
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; give another: PYTHON=python3.12 make ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	@echo "Installing wanjax and its tools into .venv (a few minutes the first time)"
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+.venv/.golden: .venv/.installed
+	@echo "Installing torch, diffusers and accelerate into .venv (long the first time)"
+	$(PIP) $(TORCH)
+	$(PIP) --editable ".[dev,golden]"
+	@touch $@
