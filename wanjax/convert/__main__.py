@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from wanjax.convert.save import convert
 from wanjax.errors import InputError
 
@@ -41,4 +43,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed: leave accelerators alone
     sys.exit(main())

@@ -72,6 +72,7 @@ def detect(path: Path) -> LayoutName:
     """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; give the folder of a downloaded Wan2.1 checkpoint.")
+    _refuse_network_folder(path)
     folders = [path / network.folder / "config.json" for network in NETWORKS.values()]
     diffusers = (path / "model_index.json").is_file() or any(file.is_file() for file in folders)
     official = any(tensor_files(path, network.stems["official"]) for network in NETWORKS.values())
@@ -82,6 +83,14 @@ def detect(path: Path) -> LayoutName:
             "or config.json, diffusion_pytorch_model*.safetensors, Wan2.1_VAE.pth and so on (official)."
         )
     return "diffusers" if diffusers else "official"
+
+
+def _refuse_network_folder(path: Path) -> None:
+    """`transformer/` and `vae/` of the Diffusers layout have files named like those of the official one."""
+    config = path / "config.json"
+    kind = Settings(config).get("_class_name", "WanModel") if config.is_file() else "WanModel"
+    if kind != "WanModel":
+        raise InputError(f"{path} holds a {kind} alone; give the checkpoint's folder, the one above.")
 
 
 def tensor_files(folder: Path, stem: str) -> list[Path]:

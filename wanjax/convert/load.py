@@ -74,7 +74,7 @@ class Checkpoint:
         numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
         try:
             config = NETWORKS[network].read[self.layout](self._settings(network), self._shapes(network))
-            return dataclasses.replace(config, **numbers, dtype=dtype, param_dtype=param_dtype)
+            return _checked(dataclasses.replace(config, **numbers, dtype=dtype, param_dtype=param_dtype))
         except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
             if isinstance(error, InputError):
                 raise
@@ -146,6 +146,14 @@ class Checkpoint:
         return Shapes({table.bare_name(key): info.shape for key, info in weights.items()}, weights.where)
 
 
+def _checked(config: Any) -> Any:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(field.default) in (int, float) and not (isinstance(value, int | float) and value >= 0):
+            raise ValueError(f"{field.name} is {value!r}")
+    return config
+
+
 def abstract_model(network: NetworkName, config: Any) -> Any:
     """The network without weights."""
     return jax.eval_shape(lambda: NETWORKS[network].build(config, nnx.Rngs(0)))
@@ -196,8 +204,13 @@ class _Placer:
 
     def _put(self, view: np.ndarray, dtype: DTypeLike, sharding: Sharding, reader: Reader) -> jax.Array:
         """A view into a file as an array on the devices, of which every host reads its own part only."""
-        jax.block_until_ready(self._last)  # transfers may not queue up: what waits for them is host memory
-        self._last = jax.make_array_from_callback(view.shape, sharding, lambda index: copy(view[index], dtype, reader))
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            part = copy(view[index], dtype, reader)
+            jax.block_until_ready(self._last)  # transfers may not queue up: what waits for them is host memory
+            return part
+
+        self._last = jax.make_array_from_callback(view.shape, sharding, read)
         return self._last
 
 

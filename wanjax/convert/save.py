@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from wanjax.convert import pipeline_files
 from wanjax.convert.extra import FOLDER, Extra
 from wanjax.convert.layouts import NETWORKS, TOKENIZER, Settings, network_place
-from wanjax.convert.load import Checkpoint, abstract_model, parameters
+from wanjax.convert.load import Checkpoint
 from wanjax.convert.mapping import LayoutName, NetworkName
 from wanjax.convert.sources import ConvertSource, ModuleSource, Source, make_sources
 from wanjax.convert.write import write_json, write_pth, write_safetensors, write_tensors
@@ -73,13 +73,13 @@ def save(
     sources = make_sources(models, base, layout)
     if not sources:
         raise InputError("There is no network to write; give a model or a checkpoint.")
-    if jax.process_index() == 0:
+    if not models or jax.process_index() == 0:  # a conversion needs no devices, and does not wake them
         with _staging(Path(path), base, sum(i.size for s in sources.values() for i in s.infos.values())) as folder:
             _Writer(folder, layout, sources, base, say).write(flow_shift, max_shard_bytes, pth)
         say(f"{path} has the {layout} layout.")
     else:
         _take_part(sources)
-    if jax.process_count() > 1:
+    if models and jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {path}")
 
 
@@ -110,6 +110,8 @@ def _staging(path: Path, base: Checkpoint | None, size: int) -> Iterator[Path]:
     target = path.resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path} exists and is not empty; give another folder or remove it.")
+    if os.path.ismount(path):
+        raise InputError(f"{path} is where a disk is mounted; give a folder on it.")
     if base and target.is_relative_to(base.path.resolve()):
         raise InputError(f"{path} is inside {base.path}, which is being read; give a folder outside of it.")
     try:
@@ -156,6 +158,8 @@ class _Writer:
         self._set_shift(flow_shift)
         if self.layout == "diffusers":
             self._write_pipeline()
+        else:
+            self._tell_what_official_code_misses()
         self._write_extra()
         self._check()
 
@@ -242,6 +246,13 @@ class _Writer:
             index = pipeline_files.model_index(configs["dit"], clip, self.folder / "tokenizer")
             write_json(path, index, self.report)
 
+    def _tell_what_official_code_misses(self) -> None:
+        clip = self.sources.get("clip")
+        missing = [] if (self.folder / "xlm-roberta-large").is_dir() else ["xlm-roberta-large/"]
+        missing += [] if clip and "log_scale" in clip.infos else ["CLIP's text half (textual.*)"]
+        if clip and missing:
+            self.say(f"The official code, not wanjax, also wants {' and '.join(missing)}: not in the source.")
+
     def _write_extra(self) -> None:
         """Numbers that a reader of the folder would get wrong; written only if there is something to keep."""
         folder = self.folder / FOLDER
@@ -260,8 +271,7 @@ class _Writer:
         """Reads the headers of what was written back."""
         written = Checkpoint(self.folder)
         for name in self.sources:
-            config = written.config(name)
-            written.match(name, config, parameters(abstract_model(name, config)))
+            written.check(name, written.config(name))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -78,7 +78,7 @@ class CopySource:
 
     def __init__(self, name: NetworkName, checkpoint: Checkpoint):
         self.config = checkpoint.config(name)
-        checkpoint.match(name, self.config, parameters(abstract_model(name, self.config)))  # refuses what is not sound
+        checkpoint.check(name, self.config)
         self._weights = checkpoint.weights(name)
         self.infos = dict(self._weights.items())
 
@@ -139,7 +139,7 @@ class ConvertSource:
         self.names = {name: key for name, key in usual.items() if name != key}
         self.leftovers, self.copies = {}, {}
         with self._weights.open() as read:
-            for key in self._stored.keys() - self._given.keys():
+            for key in (key for key in self._stored if key not in self._given):
                 same = usual.get(table.prefix + table.first_name(key))
                 if same and self._stored[key] == self._stored[same] and _same_bits(read(key), read(same)):
                     self.copies[key] = same

@@ -29,6 +29,7 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -79,19 +80,26 @@ def tensor_file(path: Path) -> TensorFile:
 def copy(view: np.ndarray, dtype: np.typing.DTypeLike, reader: Reader) -> np.ndarray:
     """A contiguous copy in `dtype` of a view into an open file.
 
-    Goes through the file front to back and hands its pages back on the way, so that a transposed tensor never is in
-    memory twice; that order is also the fast one. The copy's address is a multiple of 64: JAX adopts such an array on
-    the CPU instead of copying it once more.
+    Goes through the file front to back and hands its pages back on the way, so that no tensor is in memory twice. A
+    transposed one goes a few rows at a time, cast first and moved as integers, which is two to five times as fast as
+    numpy's own way. The copy's address is a multiple of 64: JAX adopts such an array on the CPU and copies no more.
     """
     out = aligned(view.shape, dtype)
-    if view.size == 0:
+    if view.ndim == 0:
+        out[...] = view
         return out
-    outer = int(np.argmax(view.strides)) if view.ndim else 0
-    step = max(1, CHUNK_BYTES * view.shape[outer] // view.nbytes) if view.ndim else 1
-    for start in range(0, view.shape[outer] if view.ndim else 1, step):
-        chunk = (*[slice(None)] * outer, slice(start, start + step)) if view.ndim else ()
-        out[chunk] = view[chunk]
-        reader.release()
+    outer = int(np.argmax(view.strides))
+    step = 16 if outer else max(1, 2**20 * len(view) // max(1, view.nbytes))
+    bits, read = f"u{out.itemsize}", 0
+    for start in range(0, view.shape[outer], step):
+        chunk = (*[slice(None)] * outer, slice(start, start + step))
+        part = view[chunk].astype(dtype)
+        out.view(bits)[chunk] = part.view(bits)
+        read += part.size * view.itemsize
+        if read > CHUNK_BYTES:
+            reader.release()
+            read = 0
+    reader.release()
     return out
 
 
@@ -126,7 +134,7 @@ class SafetensorsFile:
         try:
             self._read_header(header, 8 + length, size)
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} has a damaged header ({error}); download it again.") from error
+            raise InputError(f"{path} has a header that cannot be read ({error!r}); download it again.") from error
 
     def _read_header(self, header: dict[str, Any], base: int, size: int) -> None:
         header.pop("__metadata__", None)
@@ -170,6 +178,9 @@ class PthFile:
         self.path = path
         tensors = _torch_load(path)
         self.infos = {key: TensorInfo(x.shape, x.dtype) for key, x in tensors.items()}
+        for key, info in self.infos.items():
+            if info.dtype not in CODES:
+                raise InputError(f"{path} has {key} as {info.dtype}; accepted are {', '.join(map(str, CODES))}.")
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Reader]:

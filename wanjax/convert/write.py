@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from wanjax.convert.tensors import DTYPES, TensorInfo
+from wanjax.convert.tensors import CODES, TensorInfo
 
 Read = Callable[[str], np.ndarray]
 Report = Callable[[Path, int], None]  # told of every file written and its bytes
-_CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 
 
 def write_tensors(
@@ -63,7 +62,7 @@ def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], read: Read, r
     end = 0
     for key, info in infos.items():
         offsets = [end, end + info.size]
-        header[key] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
+        header[key] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": offsets}
         end += info.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format asks for aligned tensors
