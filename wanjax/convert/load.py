@@ -70,6 +70,7 @@ class Checkpoint:
         Raises:
           InputError: the files are missing or damaged, or the network is not one of Wan2.1.
         """
+        self._require(network)
         numbers = self.extra.numbers.get(network, {}) if self.extra else {}
         numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
         try:
@@ -120,8 +121,7 @@ class Checkpoint:
           InputError: the checkpoint has none, or they are damaged.
         """
         if network not in self._weights:
-            if not self.has(network):
-                raise InputError(f"{self.path} has no {network}; give a checkpoint that has it.")
+            self._require(network)
             self._weights[network] = Weights(*network_place(self.path, self.layout, network))
         return self._weights[network]
 
@@ -134,6 +134,10 @@ class Checkpoint:
             if not table.is_unused(table.bare_name(key)) and not jnp.issubdtype(info.dtype, jnp.floating):
                 raise InputError(f"{weights.where} has {key} as {info.dtype}; give a checkpoint that is not quantised.")
         return match(table, entries, {key: info.shape for key, info in weights.items()}, str(weights.where))
+
+    def _require(self, network: NetworkName) -> None:
+        if not self.has(network):
+            raise InputError(f"{self.path} has no {network}; give a checkpoint that has it.")
 
     def _settings(self, network: NetworkName) -> Mapping[str, Any]:
         folder, _ = network_place(self.path, self.layout, network)
@@ -149,6 +153,8 @@ class Checkpoint:
 def _checked(config: Any) -> Any:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value is None and "None" in str(field.type):
+            continue
         if type(field.default) in (int, float) and not (isinstance(value, int | float) and value >= 0):
             raise ValueError(f"{field.name} is {value!r}")
     return config
