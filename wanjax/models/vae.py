@@ -171,6 +171,8 @@ def _stream(step: Step, x: jax.Array, size: int, out_size: int) -> jax.Array:
     """
     first, cache = step(x[:, :1], None)
     chunks = (x.shape[1] - 1) // size
+    if not chunks:  # a loop of no rounds is traced all the same, and could not slice
+        return first
     out = jnp.pad(first, ((0, 0), (0, chunks * out_size), (0, 0), (0, 0), (0, 0)))  # [b, f, h, w, c]
 
     def body(carry: tuple[Cache, jax.Array], i: jax.Array) -> tuple[tuple[Cache, jax.Array], None]:
