@@ -86,6 +86,11 @@ def make_image_encoder() -> transformers.CLIPVisionModel:
     )  # fmt: skip
 
 
+def make_image_processor() -> transformers.CLIPImageProcessorPil:
+    """Shortest edge to 28 pixels, centre crop."""
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+
+
 @torch.no_grad()
 def randomize(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Fills every parameter: matrices keep the scale of their input, norm scales lie around 1, the rest around 0."""
@@ -131,9 +136,8 @@ def make_checkpoint(folder: pathlib.Path, t2v_folder: pathlib.Path, seed: int) -
     scheduler = diffusers.UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=CASE["shift"]
     )
-    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     diffusers.WanImageToVideoPipeline(
-        tokenizer, text_encoder, vae, scheduler, processor, image_encoder, transformer
+        tokenizer, text_encoder, vae, scheduler, make_image_processor(), image_encoder, transformer
     ).save_pretrained(folder)
     t2v.save_pretrained(t2v_folder / "transformer")
     diffusers.WanPipeline(tokenizer, text_encoder, vae, scheduler, t2v).save_config(t2v_folder)
