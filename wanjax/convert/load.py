@@ -88,7 +88,7 @@ class Checkpoint:
         Raises:
           InputError: as `load`.
         """
-        self.match(network, config, parameters(abstract_model(network, config)))
+        self.match(network, config)
 
     def load(self, network: NetworkName, config: Any, sharding: ChooseSharding | None = None) -> Any:
         """The network with its weights on the devices, in the dtypes of `config`.
@@ -107,7 +107,7 @@ class Checkpoint:
         """
         abstract = abstract_model(network, config)
         leaves = parameters(abstract)
-        matched = self.match(network, config, leaves)
+        matched = self.match(network, config)
         placer = _Placer(leaves, sharding or _replicated)
         for file in self.weights(network).files:
             placer.place_file(file, matched)
@@ -125,11 +125,11 @@ class Checkpoint:
             self._weights[network] = Weights(*network_place(self.path, self.layout, network))
         return self._weights[network]
 
-    def match(self, network: NetworkName, config: Any, leaves: Mapping[str, Any]) -> dict[str, Entry]:
+    def match(self, network: NetworkName, config: Any) -> dict[str, Entry]:
         """Which tensor of the files fills which parameter; see `mapping.match`."""
         table = NETWORKS[network].tables[self.layout]
         weights = self.weights(network)
-        entries = expand(table, {path: leaf.shape for path, leaf in leaves.items()}, config)
+        entries = expand(table, parameter_shapes(network, config), config)
         for key, info in weights.items():
             if not table.is_unused(table.bare_name(key)) and not jnp.issubdtype(info.dtype, jnp.floating):
                 raise InputError(f"{weights.where} has {key} as {info.dtype}; give a checkpoint that is not quantised.")
@@ -163,6 +163,16 @@ def _checked(config: Any) -> Any:
 def abstract_model(network: NetworkName, config: Any) -> Any:
     """The network without weights."""
     return jax.eval_shape(lambda: NETWORKS[network].build(config, nnx.Rngs(0)))
+
+
+def parameter_shapes(network: NetworkName, config: Any) -> Mapping[str, Shape]:
+    """Shape of every parameter of the network, by path."""
+    return _parameter_shapes(network, dataclasses.replace(config, dtype=jnp.float32, param_dtype=jnp.float32))
+
+
+@functools.lru_cache(maxsize=8)  # tracing a model's constructor takes up to a second, and a conversion asks often
+def _parameter_shapes(network: NetworkName, config: Any) -> Mapping[str, Shape]:
+    return {path: leaf.shape for path, leaf in parameters(abstract_model(network, config)).items()}
 
 
 def is_param(x: Any) -> bool:

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from wanjax.convert.extra import FOLDER
 from wanjax.convert.layouts import NETWORKS
-from wanjax.convert.load import Checkpoint, abstract_model, parameters
+from wanjax.convert.load import Checkpoint, parameter_shapes, parameters
 from wanjax.convert.mapping import Entry, LayoutName, NetworkName, Slot, Table, expand
 from wanjax.convert.tensors import SafetensorsFile, TensorInfo
 from wanjax.convert.write import Read
@@ -101,12 +101,11 @@ class ConvertSource:
         self.config = checkpoint.config(name)
         self._weights, self._tables = checkpoint.weights(name), NETWORKS[name].tables
         self._stored = dict(self._weights.items())
-        leaves = parameters(abstract_model(name, self.config))
-        self._given = checkpoint.match(name, self.config, leaves)
+        self._given = checkpoint.match(name, self.config)
         self._places = {
             slot: (key, part) for key, entry in self._given.items() for part, slot in enumerate(entry.slots)
         }
-        wanted = expand(self._tables[layout], {path: leaf.shape for path, leaf in leaves.items()}, self.config)
+        wanted = expand(self._tables[layout], parameter_shapes(name, self.config), self.config)
         self._plan(wanted, checkpoint, name, layout)
         self._find_leftovers(self._tables[checkpoint.layout])
 
