@@ -98,9 +98,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
             )
         inner = shape._replace(data=shape.data // slices)
         outer = MeshShape(data=slices)
-        grid = mesh_utils.create_hybrid_device_mesh(
-            tuple(inner), tuple(outer), devices, allow_split_physical_axes=True
-        )
+        grid = mesh_utils.create_hybrid_device_mesh(tuple(inner), tuple(outer), devices, allow_split_physical_axes=True)
     return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 

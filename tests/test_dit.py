@@ -112,12 +112,12 @@ def test_rope_equals_complex_rotation_in_float64(head_dim):
     turn = np.exp(1j * np.concatenate(angles, -1))[None, :, None]  # [1, l, 1, d / 2]
     rotated = (x[..., ::2] + 1j * x[..., 1::2]) * turn
     reference = np.stack([rotated.real, rotated.imag], -1).reshape(x.shape)
-    ours = rotate(jnp.asarray(x, jnp.float32), make_rotation(grid, head_dim))
+    ours = rotate(jnp.asarray(x, jnp.float32), make_rotation(grid, head_dim, x.shape[1]))
     np.testing.assert_allclose(ours, reference, atol=2e-6)
 
 
 def test_rope_keeps_float32_accuracy_at_720p():
-    rotation = make_rotation((21, 45, 80), 128)
+    rotation = make_rotation((21, 45, 80), 128, 75600)
     angle = 79 * 10000.0 ** -(np.arange(0, 42, 2) / 42)  # the last column
     np.testing.assert_allclose(rotation.cos[-1, -42::2], np.cos(angle), atol=1e-7)
     np.testing.assert_allclose(rotation.sin[-1, -41::2], np.sin(angle), atol=1e-7)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sharding.local import local_attention
+from sharding.rules import constrain, gather, reshape
 from wanjax.config import CLIPConfig
 from wanjax.models.layers import LayerNorm, Linear, stack, xavier
-from wanjax.ops.attention import attention
 
 normal = jax.nn.initializers.normal(0.02)
 
@@ -40,16 +41,18 @@ class CLIPVision(nnx.Module):
           `[b, 1 + n, e]` in the config's dtype: the class token, then the patches row by row.
         """
         c = self.config
+        pixels = constrain(pixels, "batch", None, None, None)
         patches = self.patch_embedding(pixels.astype(c.dtype))  # [b, n, e]
-        first = jnp.broadcast_to(self.class_embedding[...].astype(c.dtype), (len(patches), 1, c.dim))
-        x = jnp.concatenate([first, patches], axis=1)  # [b, 1 + n, e]
-        x = self.norm_pre(x + self.position_embedding[...][None].astype(c.dtype))
+        # The class token is row 0 of the positions' table: nothing has to be joined that may be split differently.
+        table = gather(self.position_embedding[...])
+        table = table.at[0].add(gather(self.class_embedding[...]).astype(table.dtype))  # [1 + n, e]
+        x = jnp.pad(patches, ((0, 0), (1, 0), (0, 0))) + table[None].astype(c.dtype)  # [b, 1 + n, e]
+        x = self.norm_pre(x)
 
-        def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return block(x), None
+        def step(i: jax.Array, x: jax.Array) -> jax.Array:
+            return jax.tree.map(lambda weights: weights[i], self.blocks)(x)
 
-        x, _ = jax.lax.scan(step, x, jax.tree.map(lambda weight: weight[:-1], self.blocks))
-        return x
+        return jax.lax.fori_loop(0, c.num_layers - 1, step, x)
 
 
 class PatchEmbedding(nnx.Module):
@@ -62,10 +65,10 @@ class PatchEmbedding(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[b, H, W, 3]` -> `[b, n, e]`."""
-        kernel = self.kernel[...].astype(x.dtype)  # the activations' dtype decides, as in Linear
+        kernel = gather(self.kernel[...].astype(x.dtype))  # the activations' dtype decides, as in Linear
         dims = ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(x, kernel, kernel.shape[:2], "VALID", dimension_numbers=dims)
-        return x.reshape(len(x), -1, kernel.shape[-1])  # [b, n, e]
+        return reshape(x, (len(x), x.shape[1] * x.shape[2], kernel.shape[-1]))  # [b, n, e]
 
 
 class Block(nnx.Module):
@@ -98,7 +101,7 @@ class Attention(nnx.Module):
         """`[b, l, e]` -> `[b, l, e]`."""
         b, length, _ = x.shape
         q, k, v = (f(x).reshape(b, length, self.num_heads, -1) for f in (self.q, self.k, self.v))  # [b, l, n, d]
-        return self.o(attention(q, k, v).reshape(b, length, -1))  # [b, l, e]
+        return self.o(local_attention(q, k, v).reshape(b, length, -1))  # [b, l, e]
 
 
 class MLP(nnx.Module):

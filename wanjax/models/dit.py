@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sharding.local import local_attention
+from sharding.mesh import current_shape
+from sharding.rules import constrain, gather, reshape
+from sharding.ulysses import sequence_attention
 from wanjax.config import DiTConfig
 from wanjax.models.layers import LayerNorm, Linear, RMSNorm, normalize, stack, xavier, zeros
 from wanjax.models.rope import Rotation, make_rotation, rotate
-from wanjax.ops.attention import attention
 
 normal = jax.nn.initializers.normal(0.02)
 
@@ -82,8 +85,8 @@ class DiT(nnx.Module):
           `[b, f, h, w, out_channels]`, float32.
         """
         c = self.config
-        x, grid = self.patch_embedding(latents.astype(c.dtype))  # [b, l, e]
-        rotation = make_rotation(grid, c.head_dim)
+        x, grid = self.patch_embedding(latents.astype(c.dtype))  # [b, l, e], l padded to what the mesh divides
+        rotation = make_rotation(grid, c.head_dim, x.shape[1])
         time = self.time_embedding(timestep_features(timestep, c.freq_dim), jax.nn.silu)  # [b, e]
         modulation = self.time_projection(jax.nn.silu(time)).reshape(-1, 6, c.dim)  # [b, 6, e]
 
@@ -92,7 +95,8 @@ class DiT(nnx.Module):
             return block(x, modulation, rotation, block_context), None
 
         x, _ = jax.lax.scan(step, x, (self.blocks, context))
-        return unpatchify(self.head(x, time), grid, c.patch_size)  # [b, f, h, w, c]
+        velocity = constrain(self.head(x, time), "batch", None, None)[:, : rotation.length]
+        return unpatchify(velocity, grid, c.patch_size)  # [b, f, h, w, c]
 
 
 class Block(nnx.Module):
@@ -109,7 +113,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, modulation: jax.Array, rotation: Rotation, context: Context) -> jax.Array:
         """`x` `[b, l, e]`, `modulation` float32 `[b, 6, e]`."""
-        m = self.modulation[...][None] + modulation  # [b, 6, e]
+        m = gather(self.modulation[...])[None] + modulation  # [b, 6, e]
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.split(m, 6, axis=1)  # [b, 1, e] each
 
         y = self.self_attention(modulate(x, shift_attn, scale_attn, self.eps), rotation)
@@ -145,7 +149,7 @@ class SelfAttention(nnx.Module):
         q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), rotation)  # [b, l, n, d]
         k = rotate(split_heads(self.norm_k(self.k(x)), self.num_heads), rotation)
         v = split_heads(self.v(x), self.num_heads)
-        return self.o(attention(q, k, v).reshape(x.shape))  # [b, l, e]
+        return self.o(sequence_attention(q, k, v, rotation.length).reshape(x.shape))  # [b, l, e]
 
 
 class CrossAttention(nnx.Module):
@@ -174,9 +178,9 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
-        y = attention(q, context.k, context.v)
+        y = local_attention(q, context.k, context.v)
         if context.k_image is not None and context.v_image is not None:
-            y = y + attention(q, context.k_image, context.v_image)
+            y = y + local_attention(q, context.k_image, context.v_image)
         return self.o(y.reshape(x.shape))  # [b, l, e]
 
 
@@ -218,13 +222,13 @@ class ImageEmbedding(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[b, l, image_dim]` -> `[b, l, e]`; one frame alone takes the first half of the positions."""
         if self.positions is not None:
-            x = x + self.positions[: x.shape[1]][None].astype(x.dtype)
+            x = x + gather(self.positions[...])[None, : x.shape[1]].astype(x.dtype)
         x = jax.nn.gelu(self.fc_in(self.norm_in(x)), approximate=False)
         return self.norm_out(self.fc_out(x))  # [b, l, e]
 
 
 class PatchEmbedding(nnx.Module):
-    """Non-overlapping patches to tokens: a convolution whose stride is its kernel."""
+    """Non-overlapping patches to tokens: upstream's convolution whose stride is its kernel, as a matrix product."""
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         c = config
@@ -234,13 +238,16 @@ class PatchEmbedding(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((c.dim,), c.param_dtype), axes=("embed",))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[int, int, int]]:
-        """`[b, f, h, w, c]` -> tokens `[b, l, e]` in (f, h, w) order, and the grid of patches."""
+        """`[b, f, h, w, c]` -> tokens `[b, l, e]` in (f, h, w) order, and the grid of patches.
+
+        Zero tokens are added until the mesh divides them; attention masks them.
+        """
         kernel = self.kernel[...].astype(x.dtype)
-        dims = ("NDHWC", "DHWIO", "NDHWC")
-        x = jax.lax.conv_general_dilated(x, kernel, kernel.shape[:3], "VALID", dimension_numbers=dims)
-        b, *grid, e = x.shape
-        x = x.reshape(b, -1, e)  # [b, l, e]
-        return x + self.bias[...].astype(x.dtype), (grid[0], grid[1], grid[2])
+        x, grid = patchify(x, kernel.shape[:3])  # [b, l, pt * ph * pw * c]
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % current_shape().sequence), (0, 0)))  # [b, l, ..]
+        x = constrain(x, "batch", "tokens", None)
+        kernel = gather(kernel.reshape(-1, kernel.shape[-1]), x)  # [pt * ph * pw * c, e]
+        return x @ kernel + gather(self.bias[...].astype(x.dtype)), grid  # [b, l, e]
 
 
 class Head(nnx.Module):
@@ -255,15 +262,24 @@ class Head(nnx.Module):
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
         """`x` `[b, l, e]`, `time` float32 `[b, e]` -> `[b, l, pt * ph * pw * c]`, float32."""
-        shift, scale = jnp.split(self.modulation[...][None] + time[:, None], 2, axis=1)  # [b, 1, e]
+        shift, scale = jnp.split(gather(self.modulation[...])[None] + time[:, None], 2, axis=1)  # [b, 1, e]
         return self.linear(modulate(x, shift, scale, self.eps)).astype(jnp.float32)  # solvers work in float32
 
 
-def unpatchify(x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
+def patchify(x: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int, int, int]]:
+    """`[b, f, h, w, c]` -> `[b, l, pt * ph * pw * c]` in (f, h, w) order, and the grid of patches."""
+    b, c, (pt, ph, pw) = x.shape[0], x.shape[-1], patch
+    f, h, w = grid = (x.shape[1] // pt, x.shape[2] // ph, x.shape[3] // pw)
+    x = reshape(x, (b, f, pt, h, ph, w, pw, c)).transpose(0, 1, 3, 5, 2, 4, 6, 7)  # [b, f, h, w, pt, ph, pw, c]
+    return reshape(x, (b, f * h * w, pt * ph * pw * c)), grid  # [b, l, ..]
+
+
+def unpatchify(x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, ...]) -> jax.Array:
     """`[b, l, pt * ph * pw * c]` -> `[b, f, h, w, c]`."""
     b, (f, h, w), (pt, ph, pw) = x.shape[0], grid, patch
-    x = x.reshape(b, f, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [b, f, pt, h, ph, w, pw, c]
-    return x.reshape(b, f * pt, h * ph, w * pw, -1)  # [b, f, h, w, c]
+    c = x.shape[-1] // (pt * ph * pw)
+    x = reshape(x, (b, f, h, w, pt, ph, pw, c)).transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [b, f, pt, h, ph, w, pw, c]
+    return reshape(x, (b, f * pt, h * ph, w * pw, c))  # [b, f, h, w, c]
 
 
 def timestep_features(timestep: jax.Array, dim: int) -> jax.Array:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from sharding.rules import gather
+
 M = TypeVar("M", bound=nnx.Module)
 Axes = tuple[str | None, ...]
-Initializer = jax.nn.initializers.Initializer
 xavier = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
 
@@ -38,15 +39,17 @@ class Linear(nnx.Module):
         axes: Axes,
         use_bias: bool = True,
         param_dtype: DTypeLike = jnp.float32,
-        init: Initializer = xavier,
+        init: jax.nn.initializers.Initializer = xavier,
     ):
         self.kernel = nnx.Param(init(rngs.params(), (in_dim, out_dim), param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype), axes=axes[1:]) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # Weights may be stored wider (float32 masters) or narrower than the activations: x decides.
-        y = x @ self.kernel[...].astype(x.dtype)  # [.., out]
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        """`[.., in]` -> `[.., out]`."""
+        # Weights may be stored wider (float32 masters) or narrower than the activations: x decides, and before they
+        # travel.
+        y = x @ gather(self.kernel[...].astype(x.dtype), x)  # [.., out]
+        return y if self.bias is None else y + gather(self.bias[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -57,9 +60,10 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """`[.., e]` -> `[.., e]`."""
         x32 = x.astype(jnp.float32)  # bf16 squares lose the small channels
         y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return (y * gather(self.scale[...])).astype(x.dtype)
 
 
 def normalize(x: jax.Array, eps: float) -> jax.Array:
@@ -78,7 +82,8 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return (normalize(x, self.eps) * self.scale[...] + self.bias[...]).astype(x.dtype)
+        """`[.., e]` -> `[.., e]`."""
+        return (normalize(x, self.eps) * gather(self.scale[...]) + gather(self.bias[...])).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:

@@ -6,20 +6,26 @@ first d - 4 (d // 6) channels see the latent frame, the next 2 (d // 6) the row,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sharding.rules import constrain
+
 THETA = 10000.0
 
 
-class Rotation(NamedTuple):
-    """Cosine and signed sine for every token and channel, float32 `[l, d]`."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("cos", "sin"), meta_fields=("length",))
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Cosine and signed sine for every token and channel, float32 `[l, d]`; tokens behind `length` are padding."""
 
     cos: jax.Array
     sin: jax.Array
+    length: int
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:
@@ -28,8 +34,8 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def make_rotation(grid: tuple[int, int, int], head_dim: int) -> Rotation:
-    """The rotation of every token of a `(f, h, w)` grid of patches, in (f, h, w) order.
+def make_rotation(grid: tuple[int, int, int], head_dim: int, padded: int) -> Rotation:
+    """The rotation of every token of a `(f, h, w)` grid of patches, in (f, h, w) order, `padded` tokens in all.
 
     Angles, sines and cosines are taken in float64 on the host, one short table an axis, and only spread over the grid
     on the device: float32 angles would be wrong by 1e-5 at position 100, the whole table would weigh 77 MB at 720p.
@@ -44,8 +50,13 @@ def make_rotation(grid: tuple[int, int, int], head_dim: int) -> Rotation:
         for out, table in ((cos, np.cos(angles)), (sin, np.sin(angles) * signs)):
             table = jnp.asarray(table.reshape(shape), jnp.float32)
             out.append(jnp.broadcast_to(table, (*grid, dim)))  # [f, h, w, dim]
-    flat = (grid[0] * grid[1] * grid[2], head_dim)
-    return Rotation(*(jnp.concatenate(parts, axis=-1).reshape(flat) for parts in (cos, sin)))  # [l, d]
+    length = grid[0] * grid[1] * grid[2]
+
+    def flatten(parts: list[jax.Array]) -> jax.Array:
+        table = jnp.concatenate(parts, axis=-1).reshape(length, head_dim)  # [l, d]
+        return constrain(jnp.pad(table, ((0, padded - length), (0, 0))), "tokens", None)
+
+    return Rotation(flatten(cos), flatten(sin), length)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
@@ -56,5 +67,5 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """
     even = np.arange(x.shape[-1]) % 2 == 0
     partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-    cos, sin = (table[None, :, None, :] for table in rotation)  # [1, l, 1, d]
+    cos, sin = (table[None, :, None, :] for table in (rotation.cos, rotation.sin))  # [1, l, 1, d]
     return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sharding.rules import constrain, gather, lookup
 from wanjax.config import UMT5Config
 from wanjax.models.layers import Axes, Linear, RMSNorm, stack
 
@@ -38,7 +39,8 @@ class UMT5Encoder(nnx.Module):
           `[b, l, e]` in the config's dtype. Rows of padding hold numbers that mean nothing.
         """
         c = self.config
-        x = self.embedding[...][ids].astype(c.dtype)  # [b, l, e]
+        mask = constrain(mask, "batch", None)
+        x = lookup(self.embedding[...], ids).astype(c.dtype)  # [b, l, e]
         buckets = jnp.asarray(relative_buckets(ids.shape[1], c.num_buckets, c.max_distance))
 
         def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
@@ -80,7 +82,7 @@ class Attention(nnx.Module):
         """`x` `[b, l, e]`, `mask` `[b, l]` of the keys, `buckets` `[l, l]` (query, key)."""
         b, length, _ = x.shape
         q, k, v = (f(x).reshape(b, length, self.num_heads, -1) for f in (self.q, self.k, self.v))  # [b, l, n, d]
-        bias = self.relative_bias[...][buckets].transpose(2, 0, 1)[None]  # [1, n, l, l]
+        bias = gather(self.relative_bias[...])[buckets].transpose(2, 0, 1)[None]  # [1, n, l, l]
         # Scores, bias and softmax are float32 whatever the dtype of q: unscaled scores reach hundreds.
         scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) + bias  # [b, n, l, l]
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)

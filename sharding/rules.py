@@ -1,0 +1,115 @@
+"""Which mesh axes split which logical axes: the whole sharding of the models, as data.
+
+Activations: a batch is split over `data` and `fsdp`, tokens over `ring` and `ulysses` (ring first, so that a ring
+member holds neighbouring tokens). Parameters and optimiser state: every one is split over `fsdp`, `ring` and `ulysses`
+together, along the axis it calls "embed" or, if that does not divide, another; each device stores 1/N of the model and
+gathers a layer's weights when it needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from sharding.mesh import current_shape
+
+ACTIVATIONS: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "tokens": ("ring", "ulysses")}
+PARAMETERS: tuple[str, ...] = ("fsdp", "ring", "ulysses")
+PREFERRED = ("embed", "mlp", "heads", "vocab")
+"""Logical parameter axes, in the order in which they are tried."""
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by the rules: one logical name, or None for whole, per axis. Without a mesh, `x` itself.
+
+    An axis whose size the mesh does not divide stays whole.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    sizes = current_shape()._asdict()
+    spec = []
+    for size, name in zip(x.shape, axes, strict=True):
+        mesh_axes = ACTIVATIONS[name] if name else ()
+        fits = size % math.prod(sizes[a] for a in mesh_axes) == 0
+        spec.append(mesh_axes if mesh_axes and fits else None)
+    return jax.sharding.reshard(x, PartitionSpec(*spec))
+
+
+def gather(parameter: jax.Array, x: jax.Array | None = None) -> jax.Array:
+    """The whole of a parameter on every device. Without a mesh, the parameter itself.
+
+    Args:
+      parameter: split or whole.
+      x: what it will be multiplied with by a matrix product. On the axes that split `x`, each device's gradient is a
+        partial sum; JAX is told so ("reduced"), and leaves it one until it is scattered home, where it would
+        otherwise be summed whole on every device first.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return parameter
+    split: set[str] = set()
+    for names in jax.typeof(x).sharding.spec if x is not None else ():
+        split |= {names} if isinstance(names, str) else set(names or ())
+    return jax.sharding.reshard(parameter, PartitionSpec(*(None,) * parameter.ndim, reduced=frozenset(split)))
+
+
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows `ids` `[b, l]` of an embedding table `[n, e]` that is split along e: `[b, l, e]`, split over the batch.
+
+    Every device looks all ids up in its own columns; only the rows found travel, never the table.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[ids]
+    ids = jax.sharding.reshard(ids, PartitionSpec(None, None))
+    rows = table.at[ids].get(out_sharding=PartitionSpec(None, None, jax.typeof(table).sharding.spec[1]))
+    return constrain(rows, "batch", None, None)
+
+
+def reshape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x.reshape(shape)` where only the first axis, which stays, is split: JAX wants to be told."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x.reshape(shape)
+    batch = jax.typeof(x).sharding.spec[0]
+    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(batch, *(None,) * (len(shape) - 1)))
+
+
+def parameter_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]) -> PartitionSpec:
+    """How a parameter is split: over as many of `PARAMETERS` as one of its axes divides by.
+
+    Args:
+      shape: the parameter's, perhaps with leading layer axes that `axes` does not name and that stay whole.
+      axes: logical names of its last axes.
+      sizes: of the mesh's axes.
+    """
+    names = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    for count in range(len(PARAMETERS), 0, -1):
+        mesh_axes = PARAMETERS[:count]
+        parts = math.prod(sizes[a] for a in mesh_axes)
+        for wanted in PREFERRED:
+            for i, name in enumerate(names):
+                if name == wanted and shape[i] % parts == 0:
+                    return PartitionSpec(*(mesh_axes if i == j else None for j in range(len(shape))))
+    return PartitionSpec(*(None,) * len(shape))
+
+
+def parameter_sharding(path: tuple[str, ...], parameter: nnx.Variable, mesh: Any = None) -> Sharding:
+    """The sharding of a parameter by its logical axes; what `Checkpoint.load` takes."""
+    mesh = jax.sharding.get_mesh() if mesh is None else mesh
+    axes = parameter.get_metadata().get("axes", ())
+    return NamedSharding(mesh, parameter_spec(parameter.shape, axes, dict(mesh.shape)))
+
+
+def shard_parameters(model: Any) -> Any:
+    """Lay out a model's parameters by the rules; inside jit too."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return model
+    sizes = current_shape()._asdict()
+
+    def place(leaf: Any) -> Any:
+        spec = parameter_spec(leaf.shape, leaf.get_metadata().get("axes", ()), sizes)
+        return leaf.replace(jax.sharding.reshard(leaf[...], spec))
+
+    return jax.tree.map(place, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
