@@ -34,6 +34,7 @@ HELP = {
     "conventions": "whose schedule and preprocessing; the published models were trained with the official ones",
     "initial_noise": ".npy [1, 16, f, h, w] instead of the seed's noise",
     "save_latents": ".npy [1, 16, f, h, w]: also write the normalised latents",
+    "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
 }
 CHOICES = {
     "solver": ("unipc", "dpmpp", "euler"),
@@ -70,7 +71,11 @@ def parse(argv: list[str] | None = None) -> SampleConfig:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     config = parse(argv)
-    from wanjax import media, pipeline  # here: --help and bad flags need no JAX
+
+    import jax  # here: --help and bad flags need none of these
+    import numpy as np
+
+    from wanjax import media, pipeline
 
     # ---- everything that can be wrong, before hours of work
     plan = pipeline.prepare(config)
@@ -83,12 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{plan.task}, {frames} frames of {size}, {config.solver} {config.steps} steps, guidance {config.guidance}")
 
     # ---- the work
-    result = pipeline.sample(plan)
+    with jax.set_mesh(plan.mesh):
+        result = pipeline.sample(plan)
 
     # ---- files appear whole or not at all
     if config.save_latents:
-        import numpy as np
-
         media.save_array(config.save_latents, np.moveaxis(result.latents, -1, 1))
     media.write_video(config.output, result.video, config.fps)
     print(f"{config.output}  ({', '.join(f'{stage} {s:.1f} s' for stage, s in result.seconds.items())})")

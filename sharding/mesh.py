@@ -76,6 +76,19 @@ def parse_mesh(text: str, num_devices: int) -> MeshShape:
     return shape
 
 
+def sampling_mesh(num_devices: int, num_heads: int, guided: bool) -> MeshShape:
+    """A good mesh for one video: the branches of guidance apart, the tokens split over the rest.
+
+    Args:
+      num_devices: how many there are.
+      num_heads: of the DiT; Ulysses takes their largest divisor, the ring what is left.
+      guided: whether there are two branches.
+    """
+    data = 2 if guided and num_devices % 2 == 0 else 1
+    ulysses = math.gcd(num_devices // data, num_heads)
+    return MeshShape(data=data, ring=num_devices // data // ulysses, ulysses=ulysses)
+
+
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh, laid out by topology: `ulysses` on the closest devices, `data` across slices.
 

@@ -39,6 +39,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.sharding.reshard(x, PartitionSpec(*spec))
 
 
+def replicate(x: jax.Array) -> jax.Array:
+    """All of `x` on every device."""
+    return constrain(x, *(None,) * x.ndim)
+
+
 def gather(parameter: jax.Array, x: jax.Array | None = None) -> jax.Array:
     """The whole of a parameter on every device. Without a mesh, the parameter itself.
 

@@ -156,6 +156,7 @@ class SampleConfig:
     conventions: Literal["official", "diffusers"] = "official"
     initial_noise: str | None = None  # .npy [1, 16, f, h, w]
     save_latents: str | None = None  # .npy [1, 16, f, h, w]
+    mesh: str | None = None  # as `sharding.mesh.parse_mesh` takes it; None: `sharding.mesh.sampling_mesh` chooses
     note: str | None = None  # printed before sampling
 
 

@@ -19,14 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sharding.mesh import make_mesh, parse_mesh, sampling_mesh
+from sharding.rules import parameter_sharding, replicate
+from sharding.ulysses import check_heads
 from wanjax import conditioning, images, media, solvers, text
 from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
 from wanjax.convert import Checkpoint
+from wanjax.convert.mapping import NetworkName
 from wanjax.errors import InputError
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import Context, DiT
+from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Cache
 
@@ -53,6 +59,7 @@ class Plan:
     mask: np.ndarray
     schedule: solvers.Schedule
     noise: np.ndarray  # [1, f, h, w, c] float32
+    mesh: Mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +117,7 @@ def prepare(config: SampleConfig) -> Plan:
         ids=ids,
         mask=mask,
         schedule=solvers.make_schedule(config.solver, config.steps, shift, config.conventions),
+        mesh=choose_mesh(config, dit),
         noise=make_noise(config, (1, f, *conditioning.latent_size(height, width), dit.out_channels)),
     )
 
@@ -157,6 +165,22 @@ def choose_size(config: SampleConfig, pictures: list[Any]) -> tuple[int, int]:
     return height, width
 
 
+def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
+    """The mesh that is asked for, of all devices; by default a good one, on CPUs of one device.
+
+    Raises:
+      InputError: the mesh does not fit the devices, or the heads.
+    """
+    devices = jax.devices()
+    if config.mesh is not None:
+        shape = parse_mesh(config.mesh, len(devices))
+    else:
+        devices = devices[:1] if devices[0].platform == "cpu" else devices
+        shape = sampling_mesh(len(devices), dit.num_heads, config.guidance != 1)
+    check_heads(dit.num_heads, shape.ulysses)
+    return make_mesh(shape, devices)
+
+
 def make_noise(config: SampleConfig, shape: tuple[int, ...]) -> np.ndarray:
     """Standard normal `[1, f, h, w, c]` from the seed, or the given file, which is channels first."""
     if config.initial_noise is None:
@@ -166,7 +190,7 @@ def make_noise(config: SampleConfig, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def sample(plan: Plan) -> Result:
-    """Run the plan, stage after stage, with a progress bar each.
+    """Run the plan, stage after stage, with a progress bar each. Call it under `jax.set_mesh(plan.mesh)`.
 
     A network is on the device only while it is needed, so that the largest, not the sum, has to fit.
     """
@@ -181,7 +205,7 @@ def sample(plan: Plan) -> Result:
             with _stage("images", 1, seconds) as tick:
                 image = encode_images(plan)
                 tick()
-        vae = plan.checkpoint.load("vae", plan.vae)
+        vae = _load(plan, "vae", plan.vae)
         with _stage("VAE encode", plan.noise.shape[1], seconds) as tick:
             control = encode_control(plan, vae, tick)
         with _stage("denoise", plan.config.steps, seconds) as tick:
@@ -206,13 +230,13 @@ def _stage(name: str, total: int, seconds: dict[str, float]) -> Iterator[Callabl
 
 def encode_text(plan: Plan) -> jax.Array:
     """Text features `[b, l, text_dim]`: the prompt's and, with guidance, the negative prompt's."""
-    encoder = plan.checkpoint.load("umt5", plan.umt5)
+    encoder = _load(plan, "umt5", plan.umt5)
     return jax.block_until_ready(_encode_text(encoder, plan.ids, plan.mask))
 
 
 def encode_images(plan: Plan) -> jax.Array:
     """CLIP features of the given frames one after the other, `[1, k tokens, image_dim]`."""
-    clip = plan.checkpoint.load("clip", plan.clip)
+    clip = _load(plan, "clip", plan.clip)
     features = _encode_images(clip, plan.clip_pixels)  # [k, tokens, image_dim]
     return jax.block_until_ready(features.reshape(1, -1, features.shape[-1]))  # [1, k tokens, image_dim]
 
@@ -245,7 +269,7 @@ def denoise(
     tick: Callable[[], None] = lambda: None,
 ) -> jax.Array:
     """Latents `[1, f, h, w, c]`, float32, from the plan's noise."""
-    dit = plan.checkpoint.load("dit", plan.dit)
+    dit = _load(plan, "dit", plan.dit)
     if image is not None:
         image = jnp.repeat(image, len(features), axis=0)  # both branches of guidance see the frames
     context = _context(dit, features, image)
@@ -285,6 +309,7 @@ def denoise_steps(
         x = jnp.repeat(x, branches, axis=0)  # [branches, f, h, w, c_in]
         timestep = jnp.broadcast_to(schedule.timesteps[i], (branches,))
         velocity = dit(x, timestep, context)  # [branches, f, h, w, c]
+        velocity = replicate(velocity)  # the branches may be on different devices
         if branches == 2:
             positive, negative = jnp.split(velocity, 2)
             velocity = negative + guidance * (positive - negative)  # [1, f, h, w, c]
@@ -304,12 +329,18 @@ def decode(vae: VAE, latents: jax.Array, tick: Callable[[], None] = lambda: None
     return np.concatenate(chunks)
 
 
-_encode_text = jax.jit(text.encode_text)
+def _load(plan: Plan, network: NetworkName, config: Any) -> Any:
+    return plan.checkpoint.load(network, config, parameter_sharding)
+
+
+@jax.jit
+def _encode_text(encoder: UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    return replicate(text.encode_text(encoder, ids, mask))
 
 
 @jax.jit
 def _encode_images(clip: CLIPVision, pixels: jax.Array) -> jax.Array:
-    return clip(pixels)
+    return replicate(clip(pixels))
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

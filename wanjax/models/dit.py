@@ -63,9 +63,11 @@ class DiT(nnx.Module):
           text: umT5 features `[b, text_len, text_dim]`, zero rows behind the prompt. Those rows are attended to.
           image: CLIP features `[b, l, image_dim]` of the given frames one after the other; None without images.
         """
+        text = constrain(text, "batch", None, None)
         text_tokens = self.text_embedding(text.astype(self.config.dtype), jax.nn.gelu)  # [b, text_len, e]
         image_tokens = None
         if image is not None and self.image_embedding is not None:
+            image = constrain(image, "batch", None, None)
             image_tokens = self.image_embedding(image.astype(self.config.dtype))  # [b, l, e]
 
         def project(_: None, block: Block) -> tuple[None, Context]:
