@@ -424,6 +424,12 @@ class TestKeys:
         edit(file, lambda tensors: tensors.update({"blocks.3.extra.weight": np.zeros(3, np.float32)}))
         assert str(file) in refused(tmp_path, "dit", r"has 1 unknown tensor: blocks\.3\.extra\.weight;")
 
+    def test_renamed(self, layout, tmp_path):
+        file = copy_checkpoint(layout, tmp_path) / f"{DIT[layout]}.safetensors"
+        key = KEYS[layout][0]
+        edit(file, lambda tensors: tensors.update({f"{key}s": tensors.pop(key)}))
+        refused(tmp_path, "dit", rf"has 1 unknown tensor: {key}s and lacks 1 tensor: {key};")
+
     def test_many_are_counted(self, layout, tmp_path):
         file = copy_checkpoint(layout, tmp_path) / f"{DIT[layout]}.safetensors"
         edit(file, lambda tensors: tensors.update({f"zz.{i}": np.zeros(3, np.float32) for i in range(40)}))

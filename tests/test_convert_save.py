@@ -422,6 +422,7 @@ def test_command(tmp_path, capsys):
         (["nothing", "new"], "nothing is not a folder"),
         ([str(GOLDEN / "diffusers"), "new"], "has the diffusers layout already"),
         ([str(GOLDEN / "official"), "new", "--max-shard-gb", "0"], "--max-shard-gb is 0.0; give a number above 0"),
+        ([str(GOLDEN / "official"), "new", "--flow-shift", "nan"], "--flow-shift is nan; give a number above 0"),
         ([str(GOLDEN / "official"), str(GOLDEN)], "exists and is not empty"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not args.max_shard_gb > 0:
             raise InputError(f"--max-shard-gb is {args.max_shard_gb}; give a number above 0.")
+        if args.flow_shift is not None and not 0 < args.flow_shift < math.inf:
+            raise InputError(f"--flow-shift is {args.flow_shift}; give a number above 0.")
         convert(
             args.source,
             args.target,

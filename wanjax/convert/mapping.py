@@ -226,18 +226,22 @@ def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape]
             raise InputError(f"{where} has the tensor {name} twice, as {matched[name]} and as {key}; remove one.")
         else:
             matched[name] = key
-    if unknown:
-        raise InputError(f"{where} has {_some(unknown, 'unknown tensor')}; not a Wan2.1 checkpoint of this size.")
     missing = [name for name in entries if name not in matched]
-    if missing:
-        raise InputError(f"{where} lacks {_some(missing, 'tensor')}; the download may be incomplete.")
+    faults = [f"has {_some(unknown, 'unknown tensor')}"] if unknown else []
+    faults += [f"lacks {_some(missing, 'tensor')}"] if missing else []
+    if faults:
+        raise InputError(
+            f"{where} {' and '.join(faults)}; give a complete Wan2.1 checkpoint, of the size its configuration says."
+        )
     wrong = [
         f"{key} (given {list(found[key])}, expected {list(entries[name].shape)})"
         for name, key in matched.items()
         if tuple(found[key]) != entries[name].shape
     ]
     if wrong:
-        raise InputError(f"{where} has {_some(wrong, 'tensor')} of another shape than its configuration says.")
+        raise InputError(
+            f"{where} has {_some(wrong, 'tensor')} of another shape than its configuration says; download both."
+        )
     return {key: entries[name] for name, key in matched.items()}
 
 

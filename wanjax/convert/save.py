@@ -107,14 +107,14 @@ def _take_part(sources: Mapping[NetworkName, Source]) -> None:
 @contextlib.contextmanager
 def _staging(path: Path, base: Checkpoint | None, size: int) -> Iterator[Path]:
     """A folder beside the target that becomes the target when all went well, and vanishes otherwise."""
-    target = path.resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not empty; give another folder or remove it.")
-    if os.path.ismount(path):
-        raise InputError(f"{path} is where a disk is mounted; give a folder on it.")
-    if base and target.is_relative_to(base.path.resolve()):
-        raise InputError(f"{path} is inside {base.path}, which is being read; give a folder outside of it.")
     try:
+        target = path.resolve()
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists and is not empty; give another folder or remove it.")
+        if os.path.ismount(path):
+            raise InputError(f"{path} is where a disk is mounted; give a folder on it.")
+        if base and target.is_relative_to(base.path.resolve()):
+            raise InputError(f"{path} is inside {base.path}, which is being read; give a folder outside of it.")
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
@@ -168,20 +168,29 @@ class _Writer:
 
     def _copy_files(self, base: Checkpoint) -> None:
         """Tokenizer, and configurations as they are: at their places, or kept for the way back."""
-        _copy(base.tokenizer_dir, self.folder / TOKENIZER[self.layout])
+        self._copy(base.tokenizer_dir, self.folder / TOKENIZER[self.layout])
         kept = base.path / FOLDER
         if base.layout == self.layout:
             companions = self.folder
             if base.extra:
                 self.extra = dataclasses.replace(base.extra, numbers={})
-                _copy(kept, self.folder / FOLDER)
+                self._copy(kept, self.folder / FOLDER)
         elif base.extra:  # it was converted from the layout to be written
-            _copy(kept / "files", self.folder)
+            self._copy(kept / "files", self.folder)
             return
         else:
             companions = self.folder / FOLDER / "files"
         for name in COMPANIONS[base.layout]:
-            _copy(base.path / name, companions / name)
+            self._copy(base.path / name, companions / name)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        """Copies a file or the files of a folder, if it is there, without their permissions."""
+        for file in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if file.is_file():
+                place = target / file.relative_to(source)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, place)
+                self.say(f"copied {place.relative_to(self.folder)}")
 
     def _write_network(self, name: NetworkName, source: Source, max_shard_bytes: int, pth: bool) -> None:
         folder, stem = network_place(self.folder, self.layout, name)
@@ -272,13 +281,3 @@ class _Writer:
         written = Checkpoint(self.folder)
         for name in self.sources:
             written.check(name, written.config(name))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copies a file or the files of a folder, if it is there, without their permissions."""
-    files = source.rglob("*") if source.is_dir() else [source]
-    for file in files:
-        if file.is_file():
-            place = target / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)

@@ -30,7 +30,7 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 class TensorInfo(NamedTuple):
@@ -95,7 +95,7 @@ def copy(view: np.ndarray, dtype: np.typing.DTypeLike, reader: Reader) -> np.nda
         chunk = (*[slice(None)] * outer, slice(start, start + step))
         part = view[chunk].astype(dtype)
         out.view(bits)[chunk] = part.view(bits)
-        read += part.size * view.itemsize
+        read += step * view.strides[outer]  # of a sharded tensor whole rows come into memory, not only our part
         if read > CHUNK_BYTES:
             reader.release()
             read = 0
