@@ -23,20 +23,25 @@ PREFERRED = ("embed", "mlp", "heads", "vocab")
 """Logical parameter axes, in the order in which they are tried."""
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by the rules: one logical name, or None for whole, per axis. Without a mesh, `x` itself.
+def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+    """How the ambient mesh splits an array: one logical name, or None for whole, per axis.
 
     An axis whose size the mesh does not divide stays whole.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
     sizes = current_shape()._asdict()
     spec = []
-    for size, name in zip(x.shape, axes, strict=True):
+    for size, name in zip(shape, axes, strict=True):
         mesh_axes = ACTIVATIONS[name] if name else ()
         fits = size % math.prod(sizes[a] for a in mesh_axes) == 0
         spec.append(mesh_axes if mesh_axes and fits else None)
-    return jax.sharding.reshard(x, PartitionSpec(*spec))
+    return PartitionSpec(*spec)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by `activation_spec`. Without a mesh, `x` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.sharding.reshard(x, activation_spec(x.shape, *axes))
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -79,6 +84,19 @@ def reshape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return x.reshape(shape)
     batch = jax.typeof(x).sharding.spec[0]
     return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(batch, *(None,) * (len(shape) - 1)))
+
+
+def split_batch(x: jax.Array, parts: int) -> jax.Array:
+    """`[b, ..]` -> `[parts, b / parts, ..]`, each part split over the batch's mesh axes.
+
+    Neighbouring rows go to different parts, so that every device finds its share of every part at home.
+    """
+    shape = (x.shape[0] // parts, parts, *x.shape[1:])
+    if jax.sharding.get_abstract_mesh().empty:
+        return x.reshape(shape).swapaxes(0, 1)
+    spec = activation_spec(shape, "batch", *(None,) * x.ndim)
+    x = jax.sharding.reshard(x, PartitionSpec(spec[0], *(None,) * (x.ndim - 1)))
+    return jax.lax.reshape(x, shape, out_sharding=spec).swapaxes(0, 1)  # [parts, b / parts, ..]
 
 
 def parameter_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]) -> PartitionSpec:

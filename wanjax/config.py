@@ -160,6 +160,45 @@ class SampleConfig:
     note: str | None = None  # printed before sampling
 
 
+Remat = Literal["none", "block", "attention", "dots", "offload"]
+"""What the backward pass of the DiT computes again instead of keeping; see `wanjax.models.dit.rematerialised`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything `train_jax.py` needs; its flags are some of these fields.
+
+    The learning rate and the weight decay are the paper's (arXiv 2503.20314); mean, standard deviation and shift of the
+    timesteps were not published.
+    """
+
+    workdir: str | None = None  # checkpoints and metrics; a run that finds some there goes on from them
+    checkpoint: str | None = None  # weights to start from, in the Diffusers or the official layout
+    dit: DiTConfig | None = None  # without a checkpoint: the network, its weights random
+    mesh: str = "fsdp=-1"  # as `sharding.mesh.parse_mesh` takes it
+    data: Literal["synthetic"] = "synthetic"  # noise that stands for encoded clips: for tests and measurements
+    height: int = 480  # pixels
+    width: int = 832
+    frames: int = 81
+    batch: int = 1  # samples in an optimiser step, over all hosts
+    accumulate: int = 1  # parts that a batch is computed in, one after the other
+    steps: int = 1000
+    seed: int = 0
+    learning_rate: float = 1e-4
+    warmup: int = 100  # steps over which the learning rate rises from 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 1e-3  # of kernels only
+    clip_norm: float = 1.0  # of all gradients together
+    sigma_mean: float = 0.0  # of the normal under the sigmoid, see `wanjax.flow`
+    sigma_std: float = 1.0
+    shift: float = 3.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights and optimiser are float32
+    remat: Remat = "block"
+    save_every: int = 500  # steps
+    keep: int = 2  # newest checkpoints that stay
+
+
 def load_config(path: str, kind: type[T]) -> T:
     """What `get_config()` of a configuration file returns.
 

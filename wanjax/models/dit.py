@@ -10,21 +10,23 @@ cross-attention between them. Text and image are attended to separately with the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from sharding.local import local_attention
 from sharding.mesh import current_shape
 from sharding.rules import constrain, gather, reshape
 from sharding.ulysses import sequence_attention
-from wanjax.config import DiTConfig
+from wanjax.config import DiTConfig, Remat
 from wanjax.models.layers import LayerNorm, Linear, RMSNorm, normalize, stack, xavier, zeros
 from wanjax.models.rope import Rotation, make_rotation, rotate
 
+Step = TypeVar("Step", bound=Callable[..., Any])
 normal = jax.nn.initializers.normal(0.02)
 
 
@@ -54,7 +56,7 @@ class DiT(nnx.Module):
         self.blocks = stack(lambda rngs: Block(c, rngs), c.num_layers, rngs)
         self.head = Head(c, rngs)
 
-    def context(self, text: jax.Array, image: jax.Array | None = None) -> Context:
+    def context(self, text: jax.Array, image: jax.Array | None = None, remat: Remat = "none") -> Context:
         """Project text and image features to every block's cross-attention keys and values.
 
         They do not depend on the timestep, so a video needs this once.
@@ -62,6 +64,7 @@ class DiT(nnx.Module):
         Args:
           text: umT5 features `[b, text_len, text_dim]`, zero rows behind the prompt. Those rows are attended to.
           image: CLIP features `[b, l, image_dim]` of the given frames one after the other; None without images.
+          remat: for training, see `rematerialised`.
         """
         text = constrain(text, "batch", None, None)
         text_tokens = self.text_embedding(text.astype(self.config.dtype), jax.nn.gelu)  # [b, text_len, e]
@@ -73,15 +76,16 @@ class DiT(nnx.Module):
         def project(_: None, block: Block) -> tuple[None, Context]:
             return None, block.cross_attention.context(text_tokens, image_tokens)
 
-        return jax.lax.scan(project, None, self.blocks)[1]
+        return jax.lax.scan(rematerialised(project, remat), None, self.blocks)[1]
 
-    def __call__(self, latents: jax.Array, timestep: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, latents: jax.Array, timestep: jax.Array, context: Context, remat: Remat = "none") -> jax.Array:
         """Velocity of `latents`.
 
         Args:
           latents: noise and control branch `[b, f, h, w, in_channels]`; h and w divisible by the patch.
           timestep: `[b]`, in [0, 1000]; the official sampler truncates it to an integer first.
           context: what `context()` returned.
+          remat: for training, see `rematerialised`.
 
         Returns:
           `[b, f, h, w, out_channels]`, float32.
@@ -94,11 +98,40 @@ class DiT(nnx.Module):
 
         def step(x: jax.Array, layer: tuple[Block, Context]) -> tuple[jax.Array, None]:
             block, block_context = layer
+            x = checkpoint_name(x, "block_input")
             return block(x, modulation, rotation, block_context), None
 
-        x, _ = jax.lax.scan(step, x, (self.blocks, context))
+        x, _ = jax.lax.scan(rematerialised(step, remat), x, (self.blocks, context))
         velocity = constrain(self.head(x, time), "batch", None, None)[:, : rotation.length]
         return unpatchify(velocity, grid, c.patch_size)  # [b, f, h, w, c]
+
+
+def rematerialised(step: Step, remat: Remat) -> Step:
+    """The body of a scan over blocks, with less kept for the backward pass.
+
+    Args:
+      step: the body.
+      remat: what is kept of a block. "none": everything, the gathered weights too. "dots": the matrix products'
+        results. "attention": its input and what attention returned, so that nothing is attended to twice. "block": its
+        input only. "offload": as "attention", in the host's memory.
+    """
+    if remat == "none":
+        return step
+    policies = jax.checkpoint_policies
+    names = ["attention", "block_input"]
+    policy = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names(*names),
+        "block": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=names,
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    # A scan's body cannot be merged with its own recomputation, so JAX need not guard against that.
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
 class Block(nnx.Module):

@@ -1,0 +1,114 @@
+"""Many hosts, one program: how the processes of a run find each other, and what they do when one is lost.
+
+Every process runs the same script. On TPU pods, under Slurm and under MPI that is all: JAX asks the cluster. Elsewhere
+each is told where process 0 listens, how many there are and which it is, by flags or by the environment variables
+`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import NamedTuple
+
+import jax
+
+from wanjax.errors import InputError
+
+CONNECT_SECONDS = 300
+"""How long the processes wait for each other at the start."""
+HEARTBEAT_SECONDS = 60
+"""A process that is silent for so long is lost, and JAX ends the others."""
+
+
+class Processes(NamedTuple):
+    """Where process 0 listens (host:port), how many processes there are, and which this is."""
+
+    coordinator: str
+    count: int
+    index: int
+
+
+def read_processes(coordinator: str | None, count: int | None, index: int | None) -> Processes | None:
+    """What flags say, or else environment variables; None if neither says anything.
+
+    Raises:
+      InputError: part of it is missing or out of range.
+    """
+    given = {
+        "--coordinator": coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
+        "--processes": os.environ.get("JAX_NUM_PROCESSES") if count is None else count,
+        "--process-id": os.environ.get("JAX_PROCESS_ID") if index is None else index,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if given["--coordinator"] is not None and len(missing) == 2 and coordinator is None:
+        return None  # the address alone in the environment is JAX's own way to correct what a cluster says
+    accepted = "--coordinator HOST:PORT --processes N --process-id 0..N-1 are accepted"
+    if missing:
+        named = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        raise InputError(f"{named} without {', '.join(missing)}; {accepted}; give all three or none")
+    address, total, which = (str(value) for value in given.values())
+    _, _, port = address.rpartition(":")
+    if not (port.isdecimal() and total.isdecimal() and which.isdecimal() and int(which) < int(total)):
+        raise InputError(
+            f"--coordinator {address} --processes {total} --process-id {which}; {accepted}; "
+            "for example --coordinator 10.0.0.1:1234 --processes 2 --process-id 0"
+        )
+    return Processes(address, int(total), int(which))
+
+
+def initialize(
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    *,
+    connect_seconds: int = CONNECT_SECONDS,
+    heartbeat_seconds: int = HEARTBEAT_SECONDS,
+) -> None:
+    """Join the run's other processes. Once, before JAX is asked for devices; alone, it does nothing.
+
+    Raises:
+      InputError: see `read_processes`; or process 0 does not answer.
+    """
+    if jax.distributed.is_initialized():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    settings = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
+    processes = read_processes(coordinator, count, index)
+    if processes is None:
+        try:
+            jax.distributed.initialize(**settings)
+        except ValueError as error:  # JAX found no cluster, and says so by the first thing it misses
+            if "coordinator_address should be defined" not in str(error):
+                raise
+        return
+    if processes.count == 1:
+        return
+    if processes.index:
+        _await_coordinator(processes.coordinator, connect_seconds)
+    jax.distributed.initialize(*processes, **settings)
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes what is printed and written once."""
+    return jax.process_index() == 0
+
+
+def _await_coordinator(address: str, seconds: int) -> None:
+    """Until process 0 listens; JAX would end the process with a stack trace in C++ if it never did."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"--coordinator {address} does not answer within {seconds} s ({error}); the address of process 0 is "
+                    "needed; start that process, or correct the address"
+                ) from error
+            time.sleep(0.2)

@@ -1,0 +1,118 @@
+"""Train on a mesh of any number of devices and hosts.
+
+    python train_jax.py --config configs/train_tiny.py --workdir out/train
+
+The same command again goes on from the newest checkpoint in --workdir. SIGTERM saves and ends the run with exit code 0.
+On several hosts run it on each: TPU pods and Slurm need no more, others --coordinator, --processes and --process-id.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+from wanjax.config import TrainConfig, load_config
+from wanjax.errors import InputError
+
+HELP = {
+    "workdir": "folder for checkpoints and metrics",
+    "checkpoint": "weights to start from: a folder in the Diffusers or the official layout",
+    "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
+    "batch": "samples in a step, over all hosts",
+    "accumulate": "parts of a batch, computed one after the other",
+    "steps": "last step",
+    "seed": "of data order, noise and random weights",
+    "learning_rate": "after the warm-up",
+    "save_every": "steps between checkpoints",
+    "keep": "newest checkpoints that stay",
+    "remat": "what the backward pass computes again",
+    "dtype": "of activations",
+}
+CHOICES = {
+    "remat": ("none", "block", "attention", "dots", "offload"),
+    "dtype": ("bfloat16", "float32"),
+}
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("batch", "accumulate", "steps", "seed", "save_every", "keep"), int),
+    "learning_rate": float,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for bad flags too."""
+
+    def error(self, message: str):
+        """Raise instead of printing the usage."""
+        raise InputError(f"{message}; see --help")
+
+
+def parse(argv: list[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:
+    """Flags over configuration file over defaults; and where the other processes are."""
+    parser = Parser("train_jax.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", required=True, help="configs/*.py with get_config() -> TrainConfig")
+    for name, text in HELP.items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=TYPES.get(name, str), choices=CHOICES.get(name), help=text)
+    hosts = parser.add_argument_group("several hosts without a cluster manager")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    hosts.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    hosts.add_argument("--process-id", type=int, metavar="I", help="which this is, from 0")
+    flags = parser.parse_args(argv)
+    given = {name: value for name in HELP if (value := getattr(flags, name)) is not None}
+    return dataclasses.replace(load_config(flags.config, TrainConfig), **given), flags
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    config, flags = parse(argv)
+
+    import jax  # here: --help and bad flags need none of these
+
+    from sharding.distributed import initialize, is_main
+    from sharding.mesh import make_mesh, parse_mesh
+    from wanjax.checkpoint import Checkpoints
+    from wanjax.data.batch import Batches
+    from wanjax.data.synthetic import Synthetic
+    from wanjax.training import loop, plan
+    from wanjax.training.state import abstract_state, init_state
+
+    # ---- processes, before anything asks for a device
+    initialize(flags.coordinator, flags.processes, flags.process_id)
+
+    # ---- everything that can be wrong, before hours of work
+    shape = parse_mesh(config.mesh, jax.device_count())
+    dit = plan.network(config)
+    tokens = plan.check(config, dit, shape)
+    assert config.workdir is not None
+    with jax.set_mesh(make_mesh(shape)):
+        # ---- state: of the newest checkpoint, or of the beginning
+        checkpoints = Checkpoints(config.workdir, config.keep)
+        if checkpoints.latest is None:
+            state, position = init_state(config, dit), 0
+        else:
+            state, position = checkpoints.restore(abstract_state(config, dit))
+        if is_main():
+            size = sum(x.size for x in jax.tree.leaves(state.model))
+            print(f"{dit.task}, {size:,} parameters on {jax.device_count()} devices ({shape}), step {int(state.step)}")
+            print(f"data: {config.data}; {config.batch} samples and {tokens:,} tokens a step")
+
+        # ---- data, at the state's position
+        batches = Batches(Synthetic(config, dit), config.batch, position)
+
+        # ---- the work
+        finished = loop.train(config, state, batches, checkpoints, tokens)
+        if is_main():
+            how = "done" if finished else "stopped by SIGTERM; the same command goes on"
+            print(f"{how}: step {checkpoints.latest} in {checkpoints.path}")
+        checkpoints.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,71 @@
+"""What can be known to be wrong with a run before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from sharding.mesh import MeshShape
+from sharding.ulysses import check_heads
+from wanjax import conditioning
+from wanjax.config import DiTConfig, TrainConfig
+from wanjax.convert import Checkpoint
+from wanjax.errors import InputError
+
+
+def network(config: TrainConfig) -> DiTConfig:
+    """The network to train: the checkpoint's or the configured one, with float32 weights.
+
+    Raises:
+      InputError: there is neither, or they differ, or the checkpoint cannot be used.
+    """
+    if config.checkpoint is None:
+        if config.dit is None:
+            raise InputError("no network; a checkpoint or a config with `dit` is needed; give --checkpoint")
+        return dataclasses.replace(config.dit, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
+    checkpoint = Checkpoint(config.checkpoint)
+    dit = checkpoint.config("dit", dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
+    wanted = (
+        dit if config.dit is None else dataclasses.replace(config.dit, dtype=dit.dtype, param_dtype=dit.param_dtype)
+    )
+    for field in dataclasses.fields(dit):
+        theirs, ours = getattr(dit, field.name), getattr(wanted, field.name)
+        if theirs != ours:
+            raise InputError(
+                f"checkpoint {config.checkpoint} has {field.name} {theirs}, the config's dit {ours}; the same network is "
+                "needed; give another --checkpoint, or a config without dit"
+            )
+    checkpoint.check("dit", dit)
+    return dit
+
+
+def check(config: TrainConfig, dit: DiTConfig, mesh: MeshShape) -> int:
+    """Tokens of a batch, if the run can be made.
+
+    Raises:
+      InputError: a number is out of range, or does not divide by another.
+    """
+    if config.workdir is None:
+        raise InputError("no workdir; a folder for checkpoints and metrics is needed; give --workdir")
+    for name in ("batch", "accumulate", "steps", "save_every", "keep"):
+        if getattr(config, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {getattr(config, name)}; whole numbers from 1 are accepted; use {flag} 1")
+    check_heads(dit.num_heads, mesh.ulysses)
+    if config.batch % config.accumulate:
+        raise InputError(
+            f"batch {config.batch} in {config.accumulate} parts; the parts must be of the same size; "
+            f"use --batch {-(-config.batch // config.accumulate) * config.accumulate}"
+        )
+    part = config.batch // config.accumulate
+    if part % mesh.batch and part != 1:
+        raise InputError(
+            f"batch {config.batch} in {config.accumulate} part(s) of {part} on data={mesh.data} x fsdp={mesh.fsdp}; "
+            f"a part must be 1 or a multiple of {mesh.batch}; use --batch {config.accumulate * -(-part // mesh.batch) * mesh.batch}, "
+            "or give devices to ring and ulysses"
+        )
+    frames = conditioning.latent_frames(config.frames)
+    height, width = conditioning.latent_size(config.height, config.width)
+    patch_frames, patch_height, patch_width = dit.patch_size
+    return config.batch * (frames // patch_frames) * (height // patch_height) * (width // patch_width)
