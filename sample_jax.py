@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
+import tempfile
+from pathlib import Path
 
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
@@ -94,7 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     # ---- files appear whole or not at all
     if config.save_latents:
         media.save_array(config.save_latents, np.moveaxis(result.latents, -1, 1))
-    media.write_video(config.output, result.video, config.fps)
+    try:
+        media.write_video(config.output, result.video, config.fps)
+    except OSError as error:  # the disk filled up during the hours of work: they shall not be lost
+        rescued = Path(tempfile.gettempdir()) / f"wanjax-{os.getpid()}.npy"
+        media.save_array(rescued, result.video)
+        raise InputError(f"{config.output} cannot be written ({error}); the video is in {rescued} instead") from error
     print(f"{config.output}  ({', '.join(f'{stage} {s:.1f} s' for stage, s in result.seconds.items())})")
 
 

@@ -108,6 +108,17 @@ def test_text_to_video_without_guidance(tmp_path):
     assert sorted(p.name for p in (tmp_path / "frames").iterdir()) == [f"{i:05d}.png" for i in range(9)]
 
 
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wanjax.media.write_video", full)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    refused(flags(DIFFUSERS, steps=1, output=tmp_path / "v.mp4"), ["v.mp4", "No space left", "wanjax-"])
+    (rescued,) = tmp_path.glob("wanjax-*.npy")
+    assert np.load(rescued).shape == (9, 48, 64, 3)
+
+
 def broken(tmp_path, kind):
     """A copy of the golden checkpoint with one fault."""
     folder = tmp_path / "checkpoint"
