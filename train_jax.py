@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import jax  # here: --help and bad flags need none of these
 
-    from sharding.distributed import initialize, is_main
+    from sharding import distributed
     from sharding.mesh import make_mesh, parse_mesh
     from wanjax.checkpoint import Checkpoints
     from wanjax.data.batch import Batches
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     from wanjax.training.state import abstract_state, init_state
 
     # ---- processes, before anything asks for a device
-    initialize(flags.coordinator, flags.processes, flags.process_id)
+    distributed.initialize(flags.coordinator, flags.processes, flags.process_id)
 
     # ---- everything that can be wrong, before hours of work
     shape = parse_mesh(config.mesh, jax.device_count())
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             state, position = init_state(config, dit), 0
         else:
             state, position = checkpoints.restore(abstract_state(config, dit))
-        if is_main():
+        if distributed.is_main():
             size = sum(x.size for x in jax.tree.leaves(state.model))
             print(f"{dit.task}, {size:,} parameters on {jax.device_count()} devices ({shape}), step {int(state.step)}")
             print(f"data: {config.data}; {config.batch} samples and {tokens:,} tokens a step")
@@ -101,8 +101,16 @@ def main(argv: list[str] | None = None) -> None:
         batches = Batches(Synthetic(config, dit), config.batch, position)
 
         # ---- the work
-        finished = loop.train(config, state, batches, checkpoints, tokens)
-        if is_main():
+        try:
+            with distributed.notice_lost_hosts():
+                finished = loop.train(config, state, batches, checkpoints, tokens)
+        except distributed.LostHostError as error:
+            print(f"error: {error}", file=sys.stderr)
+            distributed.leave(1)
+        except loop.NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        if distributed.is_main():
             how = "done" if finished else "stopped by SIGTERM; the same command goes on"
             print(f"{how}: step {checkpoints.latest} in {checkpoints.path}")
         checkpoints.close()

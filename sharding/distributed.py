@@ -7,10 +7,13 @@ each is told where process 0 listens, how many there are and which it is, by fla
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, NoReturn
 
 import jax
 
@@ -20,14 +23,16 @@ CONNECT_SECONDS = 300
 """How long the processes wait for each other at the start."""
 HEARTBEAT_SECONDS = 60
 """A process that is silent for so long is lost, and JAX ends the others."""
+LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
+"""In what JAX raises when a process is gone in the middle of a collective."""
 
 
 class Processes(NamedTuple):
     """Where process 0 listens (host:port), how many processes there are, and which this is."""
 
     coordinator: str
-    count: int
-    index: int
+    processes: int
+    process_id: int
 
 
 def read_processes(coordinator: str | None, count: int | None, index: int | None) -> Processes | None:
@@ -77,19 +82,51 @@ def initialize(
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     settings = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
-    processes = read_processes(coordinator, count, index)
-    if processes is None:
+    place = read_processes(coordinator, count, index)
+    if place is None:
         try:
             jax.distributed.initialize(**settings)
         except ValueError as error:  # JAX found no cluster, and says so by the first thing it misses
             if "coordinator_address should be defined" not in str(error):
                 raise
         return
-    if processes.count == 1:
+    if place.processes == 1:
         return
-    if processes.index:
-        _await_coordinator(processes.coordinator, connect_seconds)
-    jax.distributed.initialize(*processes, **settings)
+    if place.process_id:
+        _await_coordinator(place.coordinator, connect_seconds)
+    jax.distributed.initialize(*place, **settings)
+
+
+class LostHostError(RuntimeError):
+    """Another process of the run is gone; one line, as `InputError`'s."""
+
+
+@contextlib.contextmanager
+def notice_lost_hosts() -> Iterator[None]:
+    """Says in one line that a collective failed because another process is gone.
+
+    Where a collective would wait for it instead, JAX ends this process after `HEARTBEAT_SECONDS`.
+
+    Raises:
+      LostHostError: in place of what JAX raises then.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not any(sign in str(error) for sign in LOST):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise LostHostError(
+            f"process {jax.process_index()} of {jax.process_count()} lost another one ({reason}); all are needed; "
+            "start all of them again with the same command, and the run goes on from its newest checkpoint"
+        ) from error
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: the usual way out waits for the others, of which one is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_main() -> bool:
@@ -108,7 +145,7 @@ def _await_coordinator(address: str, seconds: int) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"--coordinator {address} does not answer within {seconds} s ({error}); the address of process 0 is "
-                    "needed; start that process, or correct the address"
+                    f"--coordinator {address} does not answer within {seconds} s ({error}); the address of process 0 "
+                    "is needed; start that process, or correct the address"
                 ) from error
             time.sleep(0.2)

@@ -33,7 +33,8 @@ normal = jax.nn.initializers.normal(0.02)
 class Context(NamedTuple):
     """Keys and values of the text and of the images for every block; the image's are None for t2v.
 
-    Shapes `[layers, b, l, n, d]`; inside a block without the layer axis.
+    Shapes `[layers, b, n, l, d]`, as attention kernels take them: another order would be copied at every step. Inside a
+    block without the layer axis.
     """
 
     k: jax.Array
@@ -77,6 +78,15 @@ class DiT(nnx.Module):
             return None, block.cross_attention.context(text_tokens, image_tokens)
 
         return jax.lax.scan(rematerialised(project, remat), None, self.blocks)[1]
+
+    def without_context(self) -> DiT:
+        """The same network without the weights that only `context()` needs, which are a quarter of all."""
+        dit = nnx.merge(*nnx.split(self))  # another tree of the same arrays
+        for name in ("text_embedding", "image_embedding"):
+            setattr(dit, name, None)
+        for name in ("k", "v", "norm_k", "k_image", "v_image", "norm_k_image"):
+            setattr(dit.blocks.cross_attention, name, None)
+        return dit
 
     def __call__(self, latents: jax.Array, timestep: jax.Array, context: Context, remat: Remat = "none") -> jax.Array:
         """Velocity of `latents`.
@@ -203,19 +213,21 @@ class CrossAttention(nnx.Module):
 
     def context(self, text: jax.Array, image: jax.Array | None) -> Context:
         """Keys and values of text tokens `[b, text_len, e]` and image tokens `[b, l, e]`."""
-        k = split_heads(self.norm_k(self.k(text)), self.num_heads)  # [b, text_len, n, d]
-        v = split_heads(self.v(text), self.num_heads)
+        k = split_heads(self.norm_k(self.k(text)), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
+        v = split_heads(self.v(text), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
         if image is None or self.k_image is None or self.v_image is None or self.norm_k_image is None:
             return Context(k, v, None, None)
-        k_image = split_heads(self.norm_k_image(self.k_image(image)), self.num_heads)  # [b, l, n, d]
-        return Context(k, v, k_image, split_heads(self.v_image(image), self.num_heads))
+        k_image = split_heads(self.norm_k_image(self.k_image(image)), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
+        v_image = split_heads(self.v_image(image), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
+        return Context(k, v, k_image, v_image)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
-        y = local_attention(q, context.k, context.v)
-        if context.k_image is not None and context.v_image is not None:
-            y = y + local_attention(q, context.k_image, context.v_image)
+        k, v, k_image, v_image = (x if x is None else x.swapaxes(1, 2) for x in context)  # [b, l, n, d]
+        y = local_attention(q, k, v)
+        if k_image is not None and v_image is not None:
+            y = y + local_attention(q, k_image, v_image)
         return self.o(y.reshape(x.shape))  # [b, l, e]
 
 

@@ -33,8 +33,8 @@ def network(config: TrainConfig) -> DiTConfig:
         theirs, ours = getattr(dit, field.name), getattr(wanted, field.name)
         if theirs != ours:
             raise InputError(
-                f"checkpoint {config.checkpoint} has {field.name} {theirs}, the config's dit {ours}; the same network is "
-                "needed; give another --checkpoint, or a config without dit"
+                f"checkpoint {config.checkpoint} has {field.name} {theirs}, the config's dit {ours}; the same network "
+                "is needed; give another --checkpoint, or a config without dit"
             )
     checkpoint.check("dit", dit)
     return dit
@@ -60,9 +60,10 @@ def check(config: TrainConfig, dit: DiTConfig, mesh: MeshShape) -> int:
         )
     part = config.batch // config.accumulate
     if part % mesh.batch and part != 1:
+        fits = config.accumulate * -(-part // mesh.batch) * mesh.batch
         raise InputError(
             f"batch {config.batch} in {config.accumulate} part(s) of {part} on data={mesh.data} x fsdp={mesh.fsdp}; "
-            f"a part must be 1 or a multiple of {mesh.batch}; use --batch {config.accumulate * -(-part // mesh.batch) * mesh.batch}, "
+            f"a part must be 1 or a multiple of {mesh.batch}; use --batch {fits}, "
             "or give devices to ring and ulysses"
         )
     frames = conditioning.latent_frames(config.frames)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -80,14 +81,10 @@ def init_state(config: TrainConfig, dit: DiTConfig) -> TrainState:
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_state(config, dit))
     if config.checkpoint is not None:
         model = Checkpoint(config.checkpoint).load("dit", dit, parameter_sharding)
-        return jax.jit(lambda model: _sharded(lambda model: _make(config, model), specs)(model), donate_argnums=0)(
-            model
-        )
-
-    def random(key: jax.Array) -> TrainState:
-        return _make(config, DiT(dit, nnx.Rngs(params=key)))
-
-    return jax.jit(_sharded(random, specs))(jax.random.key(config.seed))
+        make = _sharded(functools.partial(_make, config), specs)
+        return jax.jit(make, donate_argnums=0)(model)
+    make = _sharded(lambda key: _make(config, DiT(dit, nnx.Rngs(params=key))), specs)
+    return jax.jit(make)(jax.random.key(config.seed))
 
 
 def _sharded(make: Any, specs: Any) -> Any:
