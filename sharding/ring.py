@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sharding.mesh import current_shape
-from wanjax.ops.attention import Gradients, kernel
+from wanjax.ops.attention import kernel
+from wanjax.ops.kernels import LOWEST, Gradients
 
 RING = "ring"
 
@@ -41,11 +42,9 @@ def ring_forward(
         k, v, *sofar = carry
         return *send((k, v)), *merge(*sofar, *attend(hop, k, v))
 
-    def first(k: jax.Array, v: jax.Array):
-        return *send((k, v)), *attend(0, k, v)
-
-    k, v, *sofar = jax.lax.fori_loop(1, ring - 1, step, first(k, v))
-    out, lse = merge(*sofar, *attend(ring - 1, k, v))
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], LOWEST, jnp.float32)
+    k, v, *sofar = jax.lax.fori_loop(0, ring - 1, step, (k, v, *nothing))
+    out, lse = merge(*sofar, *attend(ring - 1, k, v))  # where nothing is left to send
     return out.astype(dtype), lse
 
 
@@ -63,21 +62,19 @@ def ring_backward(q, k, v, length: int, lse, delta, dout) -> Gradients:
     if ring == 1:
         return differentiate(0, k, v)
 
-    def add(hop: jax.Array | int, k: jax.Array, v: jax.Array, sofar: Gradients) -> Gradients:
-        dq, *dkv = sofar
-        arriving = send(dkv)
-        return jax.tree.map(jnp.add, (dq, *arriving), differentiate(hop, k, v))
+    def add(hop: jax.Array | int, k: jax.Array, v: jax.Array, dq: jax.Array, *dkv: jax.Array) -> list[jax.Array]:
+        sofar = dq, *send(dkv)
+        return [x + more for x, more in zip(sofar, differentiate(hop, k, v), strict=True)]
 
     def step(hop: jax.Array, carry):
         k, v, *sofar = carry
-        return *send((k, v)), *add(hop, k, v, sofar)
+        return *send((k, v)), *add(hop, k, v, *sofar)
 
-    def first(k: jax.Array, v: jax.Array):
-        return *send((k, v)), *differentiate(0, k, v)
-
-    k, v, *sofar = jax.lax.fori_loop(1, ring - 1, step, first(k, v))
-    dq, *dkv = add(ring - 1, k, v, sofar)
-    return dq, *send(dkv)  # the last hop of a full round: home
+    nothing = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    k, v, *sofar = jax.lax.fori_loop(0, ring - 1, step, (k, v, *nothing))
+    dq, *dkv = add(ring - 1, k, v, *sofar)
+    dk, dv = send(dkv)  # the last hop of a full round: home
+    return dq, dk, dv
 
 
 def send(blocks):

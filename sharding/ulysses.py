@@ -6,7 +6,9 @@ member's tokens of some heads"; the ring then brings the other members' keys and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import jax
 from jax.sharding import PartitionSpec as P
@@ -14,8 +16,10 @@ from jax.sharding import PartitionSpec as P
 from sharding.mesh import current_shape
 from sharding.ring import RING, ring_backward, ring_forward
 from wanjax.errors import InputError
-from wanjax.ops.attention import Gradients, named, on_mesh, per_device, row_products, spec_of, swap
+from wanjax.ops.attention import named, row_products, swap
+from wanjax.ops.kernels import Gradients
 
+T = TypeVar("T")
 ULYSSES = "ulysses"
 
 
@@ -43,8 +47,8 @@ def sequence_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int) ->
       InputError: the heads cannot be split by ulysses.
     """
     check_heads(q.shape[2], current_shape().ulysses)
-    if on_mesh():
-        q, k, v = (jax.sharding.reshard(x, P(spec_of(q)[0], (RING, ULYSSES), None, None)) for x in (q, k, v))
+    if not jax.sharding.get_abstract_mesh().empty:
+        q, k, v = (jax.sharding.reshard(x, specs(q)[0]) for x in (q, k, v))
     return _attend(q, k, v, length)
 
 
@@ -74,7 +78,7 @@ def _backward(length: int, saved, dout: jax.Array) -> Gradients:
         dq, dk, dv = (swap(to_tokens(g.astype(x.dtype))) for g, x in zip(grads, (q, k, v), strict=True))
         return dq, dk, dv  # [b, l, n, d]
 
-    tokens, heads, rows = specs(dout)
+    tokens, heads, rows = specs(saved[3])
     in_specs = (heads, heads, heads, tokens, rows, tokens)
     return per_device(local, in_specs, (tokens,) * 3)(*saved, dout)
 
@@ -82,9 +86,16 @@ def _backward(length: int, saved, dout: jax.Array) -> Gradients:
 _attend.defvjp(_forward, _backward)
 
 
+def per_device(function: Callable[..., T], in_specs, out_specs) -> Callable[..., T]:
+    """`function` on every device's own part; `function` itself without a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def specs(x: jax.Array) -> tuple[P, P, P]:
     """Shardings of `[b, l, n, d]` by tokens, of `[b, n, l, d]` by heads and tokens, and of `[b, n, l]` likewise."""
-    batch = spec_of(x)[0]
+    batch = jax.typeof(x).sharding.spec[0]
     return P(batch, (RING, ULYSSES), None, None), P(batch, ULYSSES, RING, None), P(batch, ULYSSES, RING)
 
 

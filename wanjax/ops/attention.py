@@ -1,16 +1,27 @@
-"""Full attention: one reference, one dispatcher."""
+"""Full attention: one reference, one dispatcher.
+
+`attention` is what a network calls. `kernel` chooses by platform what works on one block of keys, with which
+`sharding.ring` attends to a sequence that no device holds as a whole.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from wanjax.ops.kernels import LOWEST, Forward, Gradients, Kernel, cudnn, flash_tpu
 
 # Small enough for the chunk's scores to stay in the cache, large enough for matrix products at full speed.
 QUERY_CHUNK = 256
 
 
+@jax.custom_vjp
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`softmax(q k^T / sqrt(d)) v` over all keys.
+    """`softmax(q k^T / sqrt(d)) v` over all keys. The gradient makes the scores again: none are ever stored.
 
     Args:
       q: queries `[b, lq, n, d]`.
@@ -19,33 +30,127 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     Returns:
       `[b, lq, n, d]` in the dtype of `q`. Softmax statistics are float32.
     """
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return chunked_attention(q, k, v)
+    return attention_forward(q, k, v)[0]
 
 
-def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int = QUERY_CHUNK) -> jax.Array:
-    """The reference: exact softmax over all keys, for one head and one chunk of queries at a time.
+def attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The output, and what the gradient needs."""
+    out, lse = kernel().forward(swap(q), swap(k), swap(v), None, q.dtype)
+    out, lse = named(swap(out)), named(lse)  # [b, lq, n, d], [b, n, lq]
+    return out, (q, k, v, out, lse)
+
+
+def attention_backward(saved: tuple[jax.Array, ...], dout: jax.Array) -> Gradients:
+    """Gradients of q, k and v."""
+    q, k, v, out, lse = saved
+    delta = row_products(out, dout).swapaxes(1, 2)  # [b, n, lq]
+    dq, dk, dv = kernel().backward(swap(q), swap(k), swap(v), None, lse, delta, swap(dout))
+    return swap(dq).astype(q.dtype), swap(dk).astype(k.dtype), swap(dv).astype(v.dtype)  # as custom_vjp demands
+
+
+attention.defvjp(attention_forward, attention_backward)
+
+
+def kernel() -> Kernel:
+    """The kernel of the platform that is compiled for, which need not be the one that this process runs on."""
+
+    def forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
+        def on(forward: Callable[..., Forward]) -> Callable[..., Forward]:
+            return lambda *args: forward(*args, dtype)
+
+        others = {"cuda": on(cudnn.forward)} if cudnn.supports(q) else {}
+        tpu, default = on(flash_tpu.forward), on(reference_forward)
+        return jax.lax.platform_dependent(q, k, v, valid, tpu=tpu, **others, default=default)
+
+    def backward(q, *args) -> Gradients:
+        others = {"cuda": cudnn.backward} if cudnn.supports(q) else {}
+        return jax.lax.platform_dependent(q, *args, tpu=flash_tpu.backward, **others, default=reference_backward)
+
+    return Kernel(forward, backward)
+
+
+def reference_forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
+    """`Kernel.forward`, exact, for one head and one chunk of queries at a time.
 
     The scores in memory are `[chunk, lk]`, which stay in a CPU's cache; XLA would write all of `[b, n, lq, lk]`.
     """
-    b, length, n, d = q.shape
-    chunk = min(chunk, length)
-    q = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)  # scaled in float32: d**-0.5 is not exact in bf16
-    q = jnp.pad(q, ((0, 0), (0, -length % chunk), (0, 0), (0, 0))).transpose(0, 2, 1, 3)  # [b, n, lq, d]
-    q = q.reshape(b * n, -1, chunk, d)  # [b * n, chunks, chunk, d]
-    k = k.transpose(0, 2, 3, 1).reshape(b * n, d, -1)  # [b * n, d, lk]
-    v = v.transpose(0, 2, 1, 3).reshape(b * n, -1, d)  # [b * n, lk, d]
+    b, n, length, d = q.shape
+    q = to_chunks(scaled(q))  # [b * n, chunks, chunk, d]
+    k = k.swapaxes(2, 3).reshape(b * n, d, -1)  # [b * n, d, lk]
+    v = v.reshape(b * n, -1, d)  # [b * n, lk, d]
 
-    def attend(q_chunk: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        scores = jnp.matmul(q_chunk, k, preferred_element_type=jnp.float32)  # [chunk, lk]
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> Forward:
+        scores = masked(jnp.matmul(q, k, preferred_element_type=jnp.float32), valid)  # [chunk, lk]
+        highest = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)  # [chunk]
+        weights = jnp.exp(scores - highest[:, None])
+        total = jnp.sum(weights, axis=-1)  # [chunk]
         out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)  # [chunk, d]
-        return (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(q_chunk.dtype)
+        total = jnp.where(total == 0, 1, total)  # no valid key
+        return (out / total[:, None]).astype(dtype), highest + jnp.log(total)
 
-    def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> Forward:
         q, k, v = head
-        return jax.lax.map(lambda q_chunk: attend(q_chunk, k, v), q)  # [chunks, chunk, d]
+        return jax.lax.map(lambda q: attend(q, k, v), q)  # [chunks, chunk, d], [chunks, chunk]
 
-    out = jax.lax.map(attend_head, (q, k, v)).reshape(b, n, -1, d)  # [b, n, lq, d]
-    return out.transpose(0, 2, 1, 3)[:, :length]  # [b, lq, n, d]
+    out, lse = jax.lax.map(attend_head, (q, k, v))
+    return out.reshape(b, n, -1, d)[:, :, :length], lse.reshape(b, n, -1)[:, :, :length]
+
+
+def reference_backward(q, k, v, valid, lse, delta, dout) -> Gradients:
+    """`Kernel.backward`, with the scores of one head and one chunk of queries at a time made again."""
+    b, n, length, d = q.shape
+    lk = k.shape[2]
+    rows = tuple(map(to_chunks, (scaled(q), lse[..., None], delta[..., None], dout)))  # [b * n, chunks, chunk, ..]
+    k, v = (x.reshape(b * n, lk, d) for x in (k, v))  # [b * n, lk, d]
+
+    def step(k, kt, vt, sums: tuple[jax.Array, jax.Array], rows) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        q, lse, delta, dout = rows  # [chunk, ..]
+        scores = masked(jnp.matmul(q, kt, preferred_element_type=jnp.float32), valid)  # [chunk, lk]
+        weights = jnp.exp(scores - lse)
+        dweights = jnp.matmul(dout, vt, preferred_element_type=jnp.float32)  # [chunk, lk]
+        dscores = (weights * (dweights - delta)).astype(k.dtype)  # for the matrix unit, as in the forward
+        dq = jnp.matmul(dscores, k, preferred_element_type=jnp.float32)  # [chunk, d]
+        dk = jnp.matmul(q.T, dscores, preferred_element_type=jnp.float32)  # [d, lk]
+        dv = jnp.matmul(dout.T, weights.astype(dout.dtype), preferred_element_type=jnp.float32)  # [d, lk]
+        return (sums[0] + dk, sums[1] + dv), dq * d**-0.5
+
+    def differentiate_head(head) -> Gradients:
+        rows, k, v = head
+        zeros = jnp.zeros((d, lk), jnp.float32)
+        (dk, dv), dq = jax.lax.scan(lambda sums, rows: step(k, k.T, v.T, sums, rows), (zeros, zeros), rows)
+        return dq, dk.T, dv.T  # [chunks, chunk, d], [lk, d], [lk, d]
+
+    dq, dk, dv = jax.lax.map(differentiate_head, (rows, k, v))
+    return dq.reshape(b, n, -1, d)[:, :, :length], dk.reshape(b, n, lk, d), dv.reshape(b, n, lk, d)
+
+
+def scaled(q: jax.Array) -> jax.Array:
+    """`q / sqrt(d)`, in float32 first: d**-0.5 is not exact in bf16."""
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
+def to_chunks(x: jax.Array) -> jax.Array:
+    """`[b, n, l, d]` -> `[b * n, chunks, chunk, d]`, padded with zeros."""
+    b, n, length, d = x.shape
+    chunk = min(QUERY_CHUNK, length)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -length % chunk), (0, 0))).reshape(b * n, -1, chunk, d)
+
+
+def masked(scores: jax.Array, valid: jax.Array | None) -> jax.Array:
+    """Minus infinity for the keys (last axis) that do not count."""
+    return scores if valid is None else jnp.where(jnp.arange(scores.shape[-1]) < valid, scores, -jnp.inf)
+
+
+def row_products(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`sum(x * y)` over the last axis, float32: it is subtracted from numbers of its own size."""
+    return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
+
+
+def swap(x: jax.Array) -> jax.Array:
+    """`[b, l, n, d]` <-> `[b, n, l, d]`."""
+    return x.swapaxes(1, 2)
+
+
+def named(x: jax.Array) -> jax.Array:
+    """Marks a result for a `jax.checkpoint` policy; with those saved, the backward pass does not attend anew."""
+    return checkpoint_name(x, "attention")
