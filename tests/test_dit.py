@@ -69,6 +69,17 @@ def test_velocity_equals_official(text, name):
     close(velocity(dit, latents, timestep, text, image), channels_last(expected[name][None]))
 
 
+def test_steps_do_not_need_the_weights_of_the_context():
+    dit, expected = load("official")
+    latents, text, image = official_inputs(expected)
+    context = dit.context(text, image)
+    timestep = expected["dit_t"].astype(np.float32)
+    smaller = dit.without_context()
+    assert len(jax.tree.leaves(dit)) - len(jax.tree.leaves(smaller)) == 4 + 9 + 10  # text, image, cross-attention
+    np.testing.assert_array_equal(smaller(latents, timestep, context), dit(latents, timestep, context))
+    assert dit.text_embedding is not None
+
+
 def test_guidance_batch_equals_two_calls():
     dit, expected = load("official")
     latents, text, image = official_inputs(expected)

@@ -273,6 +273,7 @@ def denoise(
     if image is not None:
         image = jnp.repeat(image, len(features), axis=0)  # both branches of guidance see the frames
     context = _context(dit, features, image)
+    dit = dit.without_context()  # frees a quarter of the weights
     state = solvers.init(jnp.asarray(plan.noise))
     for i in range(plan.config.steps):
         state = denoise_steps(dit, plan.schedule, state, control, context, plan.config.guidance, i, i + 1)
@@ -295,7 +296,7 @@ def denoise_steps(
     """The solver's steps `start` to `stop - 1`: one compiled loop for any part of the schedule.
 
     Args:
-      dit: the network.
+      dit: the network; what only `context()` needs may be missing.
       schedule, state: from `solvers`.
       control: control branch `[1, f, h, w, 20]`, or None.
       context: from `dit.context`; a batch of two means guidance: the prompt, then the negative prompt.

@@ -21,7 +21,7 @@ THETA = 10000.0
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("cos", "sin"), meta_fields=("length",))
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Cosine and signed sine for every token and channel, float32 `[l, d]`; tokens behind `length` are padding."""
+    """Cosine and sine for every token and channel, float32 `[l, d]`; tokens behind `length` are padding."""
 
     cos: jax.Array
     sin: jax.Array
@@ -44,10 +44,9 @@ def make_rotation(grid: tuple[int, int, int], head_dim: int, padded: int) -> Rot
     for axis, (size, dim) in enumerate(zip(grid, axis_dims(head_dim), strict=True)):
         frequencies = THETA ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
         angles = np.repeat(np.outer(np.arange(size), frequencies), 2, axis=1)  # [size, dim]
-        signs = np.tile([-1.0, 1.0], dim // 2)
         shape = [1, 1, 1, dim]
         shape[axis] = size
-        for out, table in ((cos, np.cos(angles)), (sin, np.sin(angles) * signs)):
+        for out, table in ((cos, np.cos(angles)), (sin, np.sin(angles))):
             table = jnp.asarray(table.reshape(shape), jnp.float32)
             out.append(jnp.broadcast_to(table, (*grid, dim)))  # [f, h, w, dim]
     length = grid[0] * grid[1] * grid[2]
@@ -62,10 +61,17 @@ def make_rotation(grid: tuple[int, int, int], head_dim: int, padded: int) -> Rot
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotate `x` `[b, l, n, d]`; float32 inside, returned in the dtype of `x`.
 
-    The partner of each channel comes from two rolls and a select: unlike strided slices or a `[.., d/2, 2]` reshape,
-    this keeps the channels on the vector lanes and compiles on every target.
+    The partner of each channel comes from a product with a constant matrix of 0, 1 and -1, which is exact. On TPUs the
+    rolls, strided slices or `[.., d/2, 2]` reshapes that also give it break the 128 lanes: XLA then stores every piece
+    of it, padded to the size of `x`, or does not compile at all.
     """
-    even = np.arange(x.shape[-1]) % 2 == 0
-    partner = jnp.where(even, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    pairs = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])  # [d, d]: (x0, x1) -> (-x1, x0)
+    partner = jax.lax.dot_general(
+        x,
+        jnp.asarray(pairs, x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,  # or accelerators round float32 to bf16
+        preferred_element_type=jnp.float32,
+    )  # [b, l, n, d]
     cos, sin = (table[None, :, None, :] for table in (rotation.cos, rotation.sin))  # [1, l, 1, d]
-    return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
