@@ -190,13 +190,13 @@ def make_noise(config: SampleConfig, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def sample(plan: Plan) -> Result:
-    """Run the plan, stage after stage, with a progress bar each. Call it under `jax.set_mesh(plan.mesh)`.
+    """Run the plan, stage after stage, with a progress bar each.
 
     A network is on the device only while it is needed, so that the largest, not the sum, has to fit.
     """
     seconds: dict[str, float] = {}
     precision = "highest" if plan.config.dtype == "float32" else None  # or accelerators multiply float32 in bf16
-    with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+    with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
         with _stage("text", 1, seconds) as tick:
             features = encode_text(plan)
             tick()

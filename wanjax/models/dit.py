@@ -33,8 +33,8 @@ normal = jax.nn.initializers.normal(0.02)
 class Context(NamedTuple):
     """Keys and values of the text and of the images for every block; the image's are None for t2v.
 
-    Shapes `[layers, b, n, l, d]`, as attention kernels take them: another order would be copied at every step. Inside a
-    block without the layer axis.
+    Shapes `[layers, b, l, e]`; inside a block without the layer axis. The heads are split there: with them apart XLA
+    chooses another layout outside its loop over the blocks than inside, and copies all of it at every step.
     """
 
     k: jax.Array
@@ -213,18 +213,15 @@ class CrossAttention(nnx.Module):
 
     def context(self, text: jax.Array, image: jax.Array | None) -> Context:
         """Keys and values of text tokens `[b, text_len, e]` and image tokens `[b, l, e]`."""
-        k = split_heads(self.norm_k(self.k(text)), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
-        v = split_heads(self.v(text), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
+        k, v = self.norm_k(self.k(text)), self.v(text)
         if image is None or self.k_image is None or self.v_image is None or self.norm_k_image is None:
             return Context(k, v, None, None)
-        k_image = split_heads(self.norm_k_image(self.k_image(image)), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
-        v_image = split_heads(self.v_image(image), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
-        return Context(k, v, k_image, v_image)
+        return Context(k, v, self.norm_k_image(self.k_image(image)), self.v_image(image))
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
-        k, v, k_image, v_image = (x if x is None else x.swapaxes(1, 2) for x in context)  # [b, l, n, d]
+        k, v, k_image, v_image = (None if x is None else split_heads(x, self.num_heads) for x in context)
         y = local_attention(q, k, v)
         if k_image is not None and v_image is not None:
             y = y + local_attention(q, k_image, v_image)

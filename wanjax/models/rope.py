@@ -71,7 +71,7 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
         jnp.asarray(pairs, x.dtype),
         (((x.ndim - 1,), (0,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,  # or accelerators round float32 to bf16
-        preferred_element_type=jnp.float32,
+        preferred_element_type=x.dtype,
     )  # [b, l, n, d]
     cos, sin = (table[None, :, None, :] for table in (rotation.cos, rotation.sin))  # [1, l, 1, d]
-    return (x.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
