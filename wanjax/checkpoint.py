@@ -59,13 +59,16 @@ class Checkpoints:
         Raises:
           InputError: it is of another network, or damaged.
         """
-        step = self.latest
-        wanted = _by_path(abstract)
-        self._check(step, wanted)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore())
+        step, wanted = self.latest, _by_path(abstract)
         try:
+            stored = self._manager.item_metadata(step)["state"]
+            shapes = {} if stored is None else {name: tuple(leaf.shape) for name, leaf in stored.items()}
+            self._check(shapes, wanted)  # first: Orbax would say it in pages
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(wanted), data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=items)
         except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"checkpoint {self.path}/{step} cannot be read ({reason}); whole ones are accepted; delete this folder"
@@ -73,17 +76,14 @@ class Checkpoints:
         state = jax.tree.unflatten(jax.tree.structure(abstract), [restored["state"][name] for name in wanted])
         return state, restored["data"]["position"]
 
-    def _check(self, step: int | None, wanted: dict[str, Any]) -> None:
-        """Names and shapes first: Orbax would say it in pages, or cut and pad."""
-        stored = self._manager.item_metadata(step)["state"]
-        stored = {} if stored is None else {name: tuple(leaf.shape) for name, leaf in stored.items()}
+    def _check(self, stored: dict[str, tuple[int, ...]], wanted: dict[str, Any]) -> None:
         for name in sorted(stored.keys() | wanted.keys()):
             ours = tuple(wanted[name].shape) if name in wanted else "missing"
             theirs = stored.get(name, "missing")
             if ours != theirs:
                 raise InputError(
-                    f"checkpoint {self.path}/{step} is of another model: {name} is {theirs} there and {ours} here; "
-                    "the same config is needed; give that, or another --workdir"
+                    f"checkpoint {self.path}/{self.latest} is of another model: {name} is {theirs} there and {ours} "
+                    "here; the same config is needed; give that, or another --workdir"
                 )
 
     def wait(self) -> None:

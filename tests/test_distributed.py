@@ -1,0 +1,152 @@
+"""Two processes of four devices each: the same losses as one of eight, to the bit again after one was killed."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharding.distributed import Processes, initialize, read_processes
+from wanjax.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+STEPS = 9
+CONFIG = """
+from wanjax.config import DiTConfig, TrainConfig
+
+def get_config():
+    dit = DiTConfig(dim=32, ffn_dim=48, num_heads=4, num_layers=1, freq_dim=16, text_dim=16, text_len=8, image_dim=None,
+                    image_positions=0, in_channels=16)
+    return TrainConfig(dit=dit, height=32, width=48, frames=9, batch=2, warmup=5, save_every=3, dtype="float32")
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Runs:
+    """Starts training runs that share compiled programs, and ends those that a failed test leaves behind."""
+
+    def __init__(self, cache):
+        self.cache = cache
+        self.config = cache / "config.py"
+        self.config.write_text(CONFIG)
+        self.started = []
+
+    def start(self, workdir, steps, processes):
+        """The processes of a run."""
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "train_jax.py", "--config", str(self.config), "--workdir", str(workdir)]
+        command += ["--mesh", "fsdp=2,ring=2,ulysses=2", "--steps", str(steps)]
+        if processes > 1:
+            command += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process-id"]
+        commands = [[*command, str(i)] if processes > 1 else command for i in range(processes)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        run = [subprocess.Popen(c, cwd=ROOT, env=environment, **pipes) for c in commands]
+        self.started += run
+        return run
+
+    def end(self):
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("cache"))
+    yield runs
+    runs.end()
+
+
+def finish(run):
+    """Outputs of a run that must end well."""
+    outputs = [process.communicate(timeout=300)[0] for process in run]
+    assert [process.returncode for process in run] == [0] * len(run), outputs
+    return outputs
+
+
+def losses(workdir):
+    """By step, the exact float32."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return np.array([line["loss"] for line in lines])
+
+
+def await_steps(workdir, run, steps):
+    """Until the run has written so many lines."""
+    file, deadline = workdir / "metrics.jsonl", time.monotonic() + 300
+    while not (file.exists() and file.read_text().count("\n") >= steps):
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in run), [p.communicate()[0] for p in run if p.poll() is not None]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs, tmp_path_factory):
+    """Losses of a two-process run."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    outputs = finish(runs.start(workdir, STEPS, 2))
+    assert f"step {STEPS} in" in outputs[0]
+    assert f"step {STEPS} in" not in outputs[1]  # printed once
+    return losses(workdir)
+
+
+def test_two_processes_equal_one(runs, uninterrupted, tmp_path):
+    finish(runs.start(tmp_path, 5, 1))
+    np.testing.assert_allclose(losses(tmp_path), uninterrupted[:5], rtol=1e-6, atol=0)
+
+
+def test_killed_and_restarted_continues_to_the_bit(runs, uninterrupted, tmp_path):
+    run = runs.start(tmp_path, STEPS, 2)
+    await_steps(tmp_path, run, 5)
+    run[1].kill()
+    output = run[0].communicate(timeout=120)[0]
+    assert run[0].returncode == 1
+    assert output.splitlines()[-1].startswith("error: process 0 of 2 lost another one")
+    assert "Traceback" not in output
+
+    run = runs.start(tmp_path, 1000, 2)
+    await_steps(tmp_path, run, STEPS + 1)
+    run[1].send_signal(signal.SIGTERM)  # one is told, both save and end well
+    outputs = finish(run)
+    assert "stopped by SIGTERM" in outputs[0]
+    np.testing.assert_array_equal(losses(tmp_path)[:STEPS], uninterrupted)
+    steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
+    assert max(steps) == len(losses(tmp_path))
+
+
+def test_processes_from_flags_and_environment(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert read_processes(None, None, None) is None
+    assert read_processes("10.0.0.1:1234", 2, 0) == Processes("10.0.0.1:1234", 2, 0)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "[::1]:1234")
+    assert read_processes(None, None, None) is None  # JAX reads it itself, beside a cluster
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    assert read_processes(None, None, None) == Processes("[::1]:1234", 4, 3)
+    assert read_processes(None, None, 1) == Processes("[::1]:1234", 4, 1)
+    with pytest.raises(InputError, match="--process-id 0"):
+        read_processes(None, None, 4)
+
+
+def test_a_coordinator_that_does_not_answer():
+    with pytest.raises(InputError, match="does not answer within 0 s"):
+        initialize(f"127.0.0.1:{free_port()}", 2, 1, connect_seconds=0)

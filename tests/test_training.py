@@ -1,0 +1,154 @@
+"""The step's optimiser, what makes a step fail, and every run that cannot be made."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train_jax
+from sharding.mesh import MeshShape, make_mesh
+from wanjax.config import DiTConfig, TrainConfig
+from wanjax.data.batch import Batches, make_batch
+from wanjax.data.synthetic import Synthetic
+from wanjax.errors import InputError
+from wanjax.training import loop, plan
+from wanjax.training.state import abstract_state, init_state
+from wanjax.training.step import train_step
+
+DIT = DiTConfig(
+    dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
+)
+CONFIG = TrainConfig(
+    workdir="unused", dit=DIT, height=32, width=32, frames=5, batch=4, accumulate=2, warmup=0, learning_rate=1e-2
+)
+FAST = {"xla_backend_optimization_level": 0}  # compiling is all the time there is
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    with jax.set_mesh(make_mesh(MeshShape(data=1, fsdp=2, ring=2, ulysses=2))) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def run(mesh):
+    """A compiled step in bfloat16, and the state of step 0 on the host: the step takes the memory of what it is given."""
+    dit = plan.network(CONFIG)
+    assert dit.dtype == jnp.bfloat16
+    state = init_state(CONFIG, dit)
+    batch = make_batch(Synthetic(CONFIG, dit, distinct=1), 0, CONFIG.batch)
+    step = jax.jit(lambda state, batch: train_step(CONFIG, state, batch), donate_argnums=0, compiler_options=FAST)
+    return step, state, jax.device_get(state), batch
+
+
+def place(host, like):
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding), host, like)
+
+
+def test_state_is_sharded_from_the_start(mesh, run):
+    _, _, host, _ = run
+    abstract = abstract_state(CONFIG, plan.network(CONFIG))
+    arrays = [leaf for leaf in jax.tree.leaves(abstract) if leaf.ndim]
+    assert all(leaf.dtype == jnp.float32 for leaf in arrays)
+    assert len(arrays) == 3 * len(jax.tree.leaves(host.model))  # weights and two moments
+    here = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in arrays)
+    assert here < 1.01 / 8 * sum(leaf.size for leaf in arrays)  # but for the head's bias
+
+
+def test_overfits_one_sample(mesh, run):
+    step, _, host, batch = run
+    state = place(host, abstract_state(CONFIG, plan.network(CONFIG)))
+    losses = []
+    for _ in range(60):
+        before = state
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+        assert metrics.finite
+    assert all(x.is_deleted() for x in jax.tree.leaves(before.model))  # donated
+    assert int(state.step) == 60
+    for new, old in zip(
+        jax.tree.leaves(state), jax.tree.leaves(abstract_state(CONFIG, plan.network(CONFIG))), strict=True
+    ):
+        assert new.sharding == old.sharding
+        assert new.dtype == old.dtype
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]), losses
+
+
+def test_a_step_that_is_not_finite_changes_nothing(mesh, run):
+    step, _, host, batch = run
+    state = place(host, abstract_state(CONFIG, plan.network(CONFIG)))
+    state, metrics = step(state, batch._replace(text=batch.text * jnp.nan))
+    assert not metrics.finite
+    for new, old in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(host), strict=True):
+        np.testing.assert_array_equal(new, old)
+
+
+def test_batches_do_not_depend_on_the_mesh_and_continue(mesh):
+    source = Synthetic(CONFIG, DIT)
+    batches = Batches(source, 4)
+    next(batches)
+    second = jax.device_get(next(batches))
+    assert batches.position == 2
+    resumed = jax.device_get(next(Batches(source, 4, position=1)))
+    jax.tree.map(np.testing.assert_array_equal, second, resumed)
+    for i in range(4):
+        for ours, sample in zip(second, source[4 + i], strict=True):
+            np.testing.assert_array_equal(ours[i], sample)
+
+
+def test_sigterm_is_noticed_and_the_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.stop_requested() as stop:
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(2)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_metrics_are_exact_and_lose_what_was_lost(tmp_path):
+    file = loop.MetricsFile(tmp_path, 0)
+    values = np.random.default_rng(0).standard_normal(3).astype(np.float32)
+    for i, x in enumerate(values):
+        file.write(i + 1, loss=x)
+    with file.path.open("a") as f:
+        f.write('{"step": 4, "lo')  # killed here
+    loop.MetricsFile(tmp_path, 2)
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert [np.float32(line["loss"]) for line in lines] == list(values[:2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mesh fsdp=3", "use data=1,fsdp=8,ring=1,ulysses=1"),
+        ("--mesh fsdp=2,tensor=4", "cannot read 'tensor=4'"),
+        ("--mesh fsdp=8 --batch 12", "use --batch 16"),
+        ("--mesh fsdp=8 --batch 8 --accumulate 2", "use --batch 16"),
+        ("--mesh ring=8 --batch 3 --accumulate 2", "use --batch 4"),
+        ("--mesh ring=8 --steps 0", "--steps 0"),
+        ("--mesh ring=8 --remat all", "invalid choice"),
+        ("--mesh ring=8 --checkpoint tests/golden/diffusers", "same network is needed"),
+        ("--mesh ring=8 --processes 2", "--processes 2 without --coordinator, --process-id"),
+        ("--coordinator here --processes 2 --process-id 2", "--process-id 0..N-1"),
+    ],
+)
+def test_bad_input(monkeypatch, flags, message):
+    def no_cluster(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    with pytest.raises(InputError) as error:
+        train_jax.main(["--config", "configs/train_tiny.py", *flags.split()])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_heads_that_ulysses_does_not_divide():
+    with pytest.raises(InputError, match="ulysses=8 cannot split 12"):
+        plan.check(CONFIG, dataclasses.replace(DIT, num_heads=12), MeshShape(ulysses=8))
