@@ -38,8 +38,10 @@ def backward(q, k, v, valid, lse, delta, dout) -> Gradients:
     operands, options = arguments(q, valid)
     dout = dout.astype(q.dtype)  # cuDNN wants one dtype
     grads = cudnn._dot_product_attention_bwd_impl(q, k, v, *operands, lse, out, dout, **options)
-    dq, dk, dv = (g.astype(jnp.float32) if valid is None else jnp.where(valid == 0, 0.0, g) for g in grads)
-    return dq, dk, dv
+    dq, dk, dv = (g.astype(jnp.float32) for g in grads)
+    if valid is None:
+        return dq, dk, dv
+    return jnp.where(valid == 0, 0, dq), jnp.where(valid == 0, 0, dk), jnp.where(valid == 0, 0, dv)
 
 
 def arguments(q: jax.Array, valid: jax.Array | None) -> tuple[tuple[jax.Array, ...], dict]:
