@@ -33,8 +33,8 @@ normal = jax.nn.initializers.normal(0.02)
 class Context(NamedTuple):
     """Keys and values of the text and of the images for every block; the image's are None for t2v.
 
-    Shapes `[layers, b, l, e]`; inside a block without the layer axis. The heads are split there: with them apart XLA
-    chooses another layout outside its loop over the blocks than inside, and copies all of it at every step.
+    Shapes `[layers, b, n, l, d]`, as the kernels take them: of another order XLA copies all layers at every step. Inside
+    a block without the layer axis.
     """
 
     k: jax.Array
@@ -49,7 +49,7 @@ class DiT(nnx.Module):
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         c = self.config = config
         self.patch_embedding = PatchEmbedding(c, rngs)
-        self.text_embedding = MLP(c.text_dim, c.dim, c.dim, rngs, param_dtype=c.param_dtype, init=normal)
+        self.text_embedding: MLP | None = MLP(c.text_dim, c.dim, c.dim, rngs, param_dtype=c.param_dtype, init=normal)
         # The time path is float32 throughout: bf16 cannot tell neighbouring timesteps apart.
         self.time_embedding = MLP(c.freq_dim, c.dim, c.dim, rngs, param_dtype=jnp.float32, init=normal)
         self.time_projection = Linear(c.dim, 6 * c.dim, rngs, axes=("embed", "mlp"), param_dtype=c.param_dtype)
@@ -68,6 +68,7 @@ class DiT(nnx.Module):
           remat: for training, see `rematerialised`.
         """
         text = constrain(text, "batch", None, None)
+        assert self.text_embedding is not None  # it is in all but what without_context() returns
         text_tokens = self.text_embedding(text.astype(self.config.dtype), jax.nn.gelu)  # [b, text_len, e]
         image_tokens = None
         if image is not None and self.image_embedding is not None:
@@ -213,15 +214,18 @@ class CrossAttention(nnx.Module):
 
     def context(self, text: jax.Array, image: jax.Array | None) -> Context:
         """Keys and values of text tokens `[b, text_len, e]` and image tokens `[b, l, e]`."""
-        k, v = self.norm_k(self.k(text)), self.v(text)
+        k = split_heads(self.norm_k(self.k(text)), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
+        v = split_heads(self.v(text), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
         if image is None or self.k_image is None or self.v_image is None or self.norm_k_image is None:
             return Context(k, v, None, None)
-        return Context(k, v, self.norm_k_image(self.k_image(image)), self.v_image(image))
+        k_image = split_heads(self.norm_k_image(self.k_image(image)), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
+        v_image = split_heads(self.v_image(image), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
+        return Context(k, v, k_image, v_image)
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
-        k, v, k_image, v_image = (None if x is None else split_heads(x, self.num_heads) for x in context)
+        k, v, k_image, v_image = (None if x is None else x.swapaxes(1, 2) for x in context)  # [b, l, n, d]
         y = local_attention(q, k, v)
         if k_image is not None and v_image is not None:
             y = y + local_attention(q, k_image, v_image)
