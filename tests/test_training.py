@@ -37,7 +37,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def run(mesh):
-    """A compiled step in bfloat16, and the state of step 0 on the host: the step takes the memory of what it is given."""
+    """A compiled step in bfloat16, and the state of step 0 on the host, as the step overwrites what it is given."""
     dit = plan.network(CONFIG)
     assert dit.dtype == jnp.bfloat16
     state = init_state(CONFIG, dit)
