@@ -72,8 +72,8 @@ class DiT(nnx.Module):
         text_tokens = self.text_embedding(text.astype(self.config.dtype), jax.nn.gelu)  # [b, text_len, e]
         image_tokens = None
         if image is not None and self.image_embedding is not None:
-            image = constrain(image, "batch", None, None)
-            image_tokens = self.image_embedding(image.astype(self.config.dtype))  # [b, l, e]
+            features = constrain(image.astype(self.config.dtype), "batch", None, None)
+            image_tokens = self.image_embedding(features)  # [b, l, e]
 
         def project(_: None, block: Block) -> tuple[None, Context]:
             return None, block.cross_attention.context(text_tokens, image_tokens)
