@@ -12,14 +12,12 @@ from jax.typing import DTypeLike
 
 from sharding.mesh import current_shape
 from wanjax.ops.attention import kernel
-from wanjax.ops.kernels import LOWEST, Gradients
+from wanjax.ops.kernels import LOWEST, Forward, Gradients
 
 RING = "ring"
 
 
-def ring_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, length: int, dtype: DTypeLike
-) -> tuple[jax.Array, jax.Array]:
+def ring_forward(q: jax.Array, k: jax.Array, v: jax.Array, length: int, dtype: DTypeLike) -> Forward:
     """Attention of this device's queries to the keys of the whole ring.
 
     Args:
@@ -34,53 +32,53 @@ def ring_forward(
     if ring == 1:
         return kernel().forward(q, k, v, valid_keys(0, k.shape[2], length), dtype)
 
-    def attend(hop: jax.Array | int, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # float32: the parts are summed
-        return kernel().forward(q, k, v, valid_keys(hop, k.shape[2], length), jnp.float32)
+    def attend(hop: jax.Array | int, kv: jax.Array) -> Forward:
+        return kernel().forward(q, *kv, valid_keys(hop, kv.shape[3], length), jnp.float32)  # the parts are summed
 
-    def step(hop: jax.Array, carry):
-        k, v, *sofar = carry
-        return *send((k, v)), *merge(*sofar, *attend(hop, k, v))
+    def step(hop: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        kv, out, lse = carry
+        return send(kv), *merge((out, lse), attend(hop, kv))
 
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], LOWEST, jnp.float32)
-    k, v, *sofar = jax.lax.fori_loop(0, ring - 1, step, (k, v, *nothing))
-    out, lse = merge(*sofar, *attend(ring - 1, k, v))  # where nothing is left to send
+    kv, out, lse = jax.lax.fori_loop(0, ring - 1, step, (jnp.stack((k, v)), *nothing))
+    out, lse = merge((out, lse), attend(ring - 1, kv))  # where nothing is left to send
     return out.astype(dtype), lse
 
 
 def ring_backward(q, k, v, length: int, lse, delta, dout) -> Gradients:
-    """Gradients of this device's queries, keys and values; `lse` and `delta` as in `wanjax.ops.attention.Kernel`.
+    """Gradients of this device's queries, keys and values; `lse` and `delta` as in `wanjax.ops.kernels`.
 
     A block of keys takes the sum of its gradients with it round the ring, one hop late: what the device before has
     added arrives while this device computes its own share.
     """
     ring = current_shape().ring
-
-    def differentiate(hop: jax.Array | int, k: jax.Array, v: jax.Array) -> Gradients:
-        return kernel().backward(q, k, v, valid_keys(hop, k.shape[2], length), lse, delta, dout)
-
     if ring == 1:
-        return differentiate(0, k, v)
+        return kernel().backward(q, k, v, valid_keys(0, k.shape[2], length), lse, delta, dout)
 
-    def add(hop: jax.Array | int, k: jax.Array, v: jax.Array, dq: jax.Array, *dkv: jax.Array) -> list[jax.Array]:
-        sofar = dq, *send(dkv)
-        return [x + more for x, more in zip(sofar, differentiate(hop, k, v), strict=True)]
+    def add(hop: jax.Array | int, kv: jax.Array, dq: jax.Array, dkv: jax.Array) -> tuple[jax.Array, jax.Array]:
+        arriving = send(dkv)
+        more, *rest = kernel().backward(q, *kv, valid_keys(hop, kv.shape[3], length), lse, delta, dout)
+        return dq + more, arriving + jnp.stack(rest)
 
-    def step(hop: jax.Array, carry):
-        k, v, *sofar = carry
-        return *send((k, v)), *add(hop, k, v, *sofar)
+    def step(hop: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        kv, dq, dkv = carry
+        return send(kv), *add(hop, kv, dq, dkv)
 
-    nothing = (jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    k, v, *sofar = jax.lax.fori_loop(0, ring - 1, step, (k, v, *nothing))
-    dq, *dkv = add(ring - 1, k, v, *sofar)
+    kv = jnp.stack((k, v))
+    nothing = jnp.zeros(q.shape, jnp.float32), jnp.zeros(kv.shape, jnp.float32)
+    kv, dq, dkv = jax.lax.fori_loop(0, ring - 1, step, (kv, *nothing))
+    dq, dkv = add(ring - 1, kv, dq, dkv)
     dk, dv = send(dkv)  # the last hop of a full round: home
     return dq, dk, dv
 
 
-def send(blocks):
-    """Each array to the next device of the ring, in exchange for that of the device before."""
+def send(x: jax.Array) -> jax.Array:
+    """`x` to the next device of the ring, in exchange for that of the device before.
+
+    Keys and values travel as one array, and so do their gradients: XLA keeps two transfers in the air, not four.
+    """
     ring = current_shape().ring
-    return jax.lax.ppermute(tuple(blocks), RING, [(i, (i + 1) % ring) for i in range(ring)])
+    return jax.lax.ppermute(x, RING, [(i, (i + 1) % ring) for i in range(ring)])
 
 
 def valid_keys(hop: jax.Array | int, block: int, length: int) -> jax.Array | None:
@@ -92,8 +90,8 @@ def valid_keys(hop: jax.Array | int, block: int, length: int) -> jax.Array | Non
     return jnp.clip(length - home * block, 0, block).astype(jnp.int32)
 
 
-def merge(out: jax.Array, lse: jax.Array, more: jax.Array, more_lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention to two blocks of keys from that to each, all float32."""
-    total = jnp.logaddexp(lse, more_lse)  # [b, n, l]
-    weight, more_weight = (jnp.exp(x - total)[..., None] for x in (lse, more_lse))
-    return weight * out + more_weight * more, total
+def merge(one: Forward, other: Forward) -> Forward:
+    """Attention to two blocks of keys from that to each, `[b, n, l, d]` and `[b, n, l]`, all float32."""
+    lse = jnp.logaddexp(one[1], other[1])
+    first, second = (jnp.exp(part_lse - lse)[..., None] * part for part, part_lse in (one, other))
+    return first + second, lse

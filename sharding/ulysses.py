@@ -59,9 +59,9 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, length: int) -> jax.Array:
 
 def _forward(q: jax.Array, k: jax.Array, v: jax.Array, length: int):
     def local(q: jax.Array, k: jax.Array, v: jax.Array):
-        qkv = tuple(to_heads(swap(x)) for x in (q, k, v))  # [b, n, l, d]
-        out, lse = ring_forward(*qkv, length, q.dtype)
-        return swap(to_tokens(out)), lse, qkv
+        qh, kh, vh = (to_heads(swap(x)) for x in (q, k, v))  # [b, n, l, d]
+        out, lse = ring_forward(qh, kh, vh, length, q.dtype)
+        return swap(to_tokens(out)), lse, (qh, kh, vh)
 
     tokens, heads, rows = specs(q)
     out, lse, qkv = per_device(local, (tokens,) * 3, (tokens, rows, (heads,) * 3))(q, k, v)
@@ -83,7 +83,7 @@ def _backward(length: int, saved, dout: jax.Array) -> Gradients:
     return per_device(local, in_specs, (tokens,) * 3)(*saved, dout)
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def per_device(function: Callable[..., T], in_specs, out_specs) -> Callable[..., T]:

@@ -48,7 +48,7 @@ def attention_backward(saved: tuple[jax.Array, ...], dout: jax.Array) -> Gradien
     return swap(dq).astype(q.dtype), swap(dk).astype(k.dtype), swap(dv).astype(v.dtype)  # as custom_vjp demands
 
 
-attention.defvjp(attention_forward, attention_backward)
+attention.defvjp(attention_forward, attention_backward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def kernel() -> Kernel:
