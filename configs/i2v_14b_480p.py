@@ -6,7 +6,11 @@
 Values are those of the official command line (Wan2.1 `generate.py --task i2v-14B`, 40 steps; shift 3 at 480p).
 """
 
-from wanjax.config import SampleConfig
+from wanjax.config import DiTConfig, SampleConfig
+
+NETWORK = DiTConfig(image_positions=0)
+MESHES = {"v6e:2x4": "data=2,ulysses=4", "v5p:2x2x1": "data=2,ulysses=2"}
+"""For `python -m sharding.report`: what the checkpoint holds, and good meshes by topology."""
 
 
 def get_config() -> SampleConfig:

@@ -5,7 +5,19 @@
 The official advice for the 1.3B model is guidance 6 and shift 8.
 """
 
-from wanjax.config import SampleConfig
+from wanjax.config import DiTConfig, SampleConfig
+
+NETWORK = DiTConfig(
+    dim=1536,
+    ffn_dim=8960,
+    num_heads=12,
+    num_layers=30,
+    in_channels=16,
+    image_dim=None,
+    image_positions=0,
+)
+MESHES = {"v6e:1x1": "data=1", "v6e:2x4": "data=2,ulysses=4"}
+"""For `python -m sharding.report`: what the checkpoint holds, and good meshes by topology."""
 
 
 def get_config() -> SampleConfig:

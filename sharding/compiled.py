@@ -1,0 +1,247 @@
+"""What a compiled program costs, read off XLA's own text: memory, collectives, operations; and how to compile it for
+TPUs that are not there.
+
+    mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")
+    with jax.set_mesh(mesh):
+        program = read(jax.jit(f).lower(*shapes).compile(compiler_options=TPU_OPTIONS))
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from sharding.mesh import make_mesh, parse_mesh
+from wanjax.errors import InputError
+
+TPU_OPTIONS: dict[str, Any] = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_tpu_enable_async_all_to_all": True,
+    "xla_tpu_force_async_all_to_all": True,
+}
+"""With these the TPU computes while weights and tokens travel; by default (libtpu 0.0.42) it waits."""
+
+KINDS = ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute")
+WIDTHS = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5}
+"""Bytes of an element where its name does not end in its bits."""
+
+
+class Collective(NamedTuple):
+    """One collective of a program.
+
+    kind: of `KINDS`.
+    bytes: of its payload on one device and for one execution: what it returns, or for a reduce-scatter what it takes.
+    times: executions in a run of the program; loops of unknown length count once.
+    asynchronous: whether something else is computed meanwhile.
+    operation: where it is in the model, as JAX names it.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    asynchronous: bool
+    operation: str
+
+
+class Program(NamedTuple):
+    """Costs on one device.
+
+    peak: bytes in use at the worst moment, arguments included.
+    arguments: bytes of the arguments.
+    flops: of matrix products outside of kernels, in a run of the program.
+    """
+
+    peak: int
+    arguments: int
+    flops: int
+    collectives: tuple[Collective, ...]
+
+    def payload(self, kind: str, asynchronous: bool | None = None) -> int:
+        """Bytes that the collectives of a kind move in a run: all, or only the asynchronous or synchronous ones."""
+        wanted = (c for c in self.collectives if c.kind == kind and asynchronous in (None, c.asynchronous))
+        return sum(c.bytes * c.times for c in wanted)
+
+
+class Instruction(NamedTuple):
+    """A line of a program's text."""
+
+    name: str
+    result: str
+    opcode: str
+    line: str
+
+
+def topology_mesh(topology: str, mesh: str) -> Mesh:
+    """A mesh of TPUs that only the compiler knows; needs libtpu (the extra `aot`).
+
+    Args:
+      topology: such as v6e:2x4, v5p:4x4x4, tpu7x:2x2x1.
+      mesh: as `parse_mesh` takes it.
+
+    Raises:
+      InputError: libtpu is missing or does not know the topology; or as `parse_mesh`.
+    """
+    # libtpu would ask the machine for its TPUs.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # whatever libtpu raises
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"topology {topology!r}: {reason}; libtpu (pip install 'wanjax[aot]') and a name such as v6e:2x4, "
+            "v5p:4x4x4 or tpu7x:2x2x1 are needed"
+        ) from error
+    return make_mesh(parse_mesh(mesh, len(devices)), devices)
+
+
+def read(compiled: Any) -> Program:
+    """Costs of a `jax.stages.Compiled`."""
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    # A backend without a schedule does not report a peak.
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or total - memory.alias_size_in_bytes
+    computations = parse(text)
+    return Program(peak, memory.argument_size_in_bytes, flops(computations), tuple(collectives(computations)))
+
+
+def parse(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of every computation; that of the entry is also called ENTRY."""
+    computations: dict[str, list[Instruction]] = {}
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line):
+            body = computations[head[2]] = []
+            if head[1]:
+                computations["ENTRY"] = body
+        elif found := re.match(r"\s+(?:ROOT )?%?(\S+) = (.*?[\])}]) ([a-z][a-z0-9-]*)\(", line):
+            body.append(Instruction(found[1], found[2], found[3], line))
+    return computations
+
+
+def walk(computations: dict[str, list[Instruction]], name: str = "ENTRY", times: int = 1) -> Iterator[tuple]:
+    """Every `(instruction, executions, computation)` of a run, down into loops, calls and fusions."""
+    for instruction in computations.get(name, ()):
+        yield instruction, times, name
+        inner = times * trip_count(computations, instruction.line) if instruction.opcode == "while" else times
+        called = re.findall(r"(?:body|condition|calls|to_apply|_computation)=%?([^\s,}]+)", instruction.line)
+        for group in re.findall(r"branch_computations=\{([^}]*)\}", instruction.line):
+            called += re.findall(r"[^\s,%]+", group)
+        for other in called:
+            yield from walk(computations, other, inner)
+
+
+def trip_count(computations: dict[str, list[Instruction]], line: str) -> int:
+    """How often a loop runs: as XLA notes, or else the bound that its counter is compared with; 1 if unknown."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([^\s,}]+)", line)
+    body = computations.get(condition[1], []) if condition else []
+    constants = {i.name: int(n[1]) for i in body if (n := re.search(r" s32\[\]\S* constant\((\d+)\)", i.line))}
+    for i in body:
+        if i.opcode == "compare" and "direction=LT" in i.line:
+            return next((constants[name] for name in operands(i.line) if name in constants), 1)
+    return 1
+
+
+def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collective]:
+    """The collectives of a run.
+
+    Asynchronous ones are pairs of start and done, or, on TPUs, go on inside of the fusions between the two: there the
+    first fusion, which starts them, counts.
+    """
+    targets = {name: " ".join(i.line for i in body if i.opcode == "custom-call") for name, body in computations.items()}
+    starting = {name for name, text in targets.items() if "AsyncCollectiveStart" in text}
+    started = {channel(i.line) for name in starting for i in computations[name] if i.opcode in KINDS}
+    for i, times, name in walk(computations):
+        kind = i.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        fused = name in starting
+        if not fused and "fused" in f"{name}" and channel(i.line) in started:
+            continue
+        if not fused and name.startswith("async_collective_fusion"):
+            continue
+        parts = [size(shape) for shape in shapes(i.result)]
+        # A start returns its operands, its results and what it waits on.
+        result = max(parts) if i.opcode.endswith("-start") or kind == "reduce-scatter" else sum(parts)
+        if kind == "reduce-scatter":
+            result *= group_size(i.line)
+        operation = re.search(r'op_name="([^"]*)"', i.line)
+        asynchronous = fused or i.opcode.endswith("-start")
+        yield Collective(kind, int(result), times, asynchronous, operation[1] if operation else "")
+
+
+def flops(computations: dict[str, list[Instruction]]) -> int:
+    """Operations of the matrix products of a run; a TPU's are written as convolutions."""
+    total = 0
+    for i, times, name in walk(computations):
+        if i.opcode not in ("dot", "convolution"):
+            continue
+        results = {other.name: other.result for other in computations[name]}
+        left, right = (shape_of(results[operand]) for operand in operands(i.line)[:2])
+        if i.opcode == "dot":
+            dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.line)
+            contracted = math.prod(left[int(d)] for d in dims[1].split(",") if d) if dims else 1
+        else:
+            labels = re.search(r"dim_labels=\w+_(\w+)->", i.line)
+            assert labels is not None
+            contracted = math.prod(n for n, label in zip(right, labels[1], strict=True) if label != "o")
+        total += 2 * times * math.prod(shape_of(i.result)) * contracted
+    return total
+
+
+def operands(line: str) -> list[str]:
+    """Names between the parentheses behind the opcode."""
+    found = re.search(r" [a-z][a-z0-9-]*\(([^)]*)\)", line)
+    return re.findall(r"%([^\s,()]+)", found[1]) if found else []
+
+
+def channel(line: str) -> str:
+    """What tells the pieces of one collective."""
+    found = re.search(r"channel_id=(\d+)", line)
+    return found[1] if found else line
+
+
+def group_size(line: str) -> int:
+    """Devices that take part in a collective with one another."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+        return int(iota[2])
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return 1
+
+
+def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Arrays in the type of a result, as dtype and shape."""
+    found = re.findall(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]", text)
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found]
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """The shape of a result that is one array."""
+    return shapes(text)[0][1]
+
+
+def size(array: tuple[str, Iterable[int]]) -> int:
+    """Bytes of an array."""
+    dtype, dims = array
+    bits = re.search(r"(\d+)", dtype)
+    width = WIDTHS.get(dtype, int(bits[1]) / 8 if bits else 0)
+    return int(width * math.prod(dims))

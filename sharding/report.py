@@ -1,0 +1,188 @@
+"""What a full-size run takes of every device, without one: `python -m sharding.report --config configs/X.py`.
+
+Every program is traced on every mesh that the configuration names (`MESHES`), with abstract devices: what does not fit
+together fails here, in seconds and on any machine. Parameters, optimiser state and inputs are counted exactly,
+activations are estimated. With --compile each program is compiled for the real TPU instead (the extra `aot`, minutes a
+program) and the compiler's own figures are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import runpy
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from sharding import stages
+from sharding.compiled import KINDS, TPU_OPTIONS, read, topology_mesh
+from sharding.mesh import AXES, MeshShape, parse_mesh
+from wanjax.config import DiTConfig, SampleConfig, TrainConfig
+from wanjax.errors import InputError
+
+GIB = 2**30
+KEPT = {"block": 1.0, "attention": 4.0, "offload": 0.0, "dots": 12.0, "none": 40.0}
+"""Arrays `[tokens, dim]` that each block keeps for the backward pass, by `TrainConfig.remat`."""
+Row = dict[str, float]
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes of a device's part of a tree of shapes."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
+
+
+def tokens_per_device(size: tuple[int, int, int], dit: DiTConfig, mesh: MeshShape) -> int:
+    """Tokens of one sample on one device, padding included."""
+    tokens = math.prod(n // p for n, p in zip(size, dit.patch_size, strict=True))
+    return -(-tokens // mesh.sequence)
+
+
+def working_bytes(tokens: int, dit: DiTConfig, samples: int = 1) -> int:
+    """Estimate of what a block needs at its worst moment: twelve times its tokens, its two largest weights whole."""
+    return 2 * (12 * samples * tokens * dit.dim + 2 * dit.dim * dit.ffn_dim)
+
+
+def sampling(config: SampleConfig, dit: DiTConfig, shape: MeshShape, mesh: AbstractMesh) -> Row:
+    """Bytes per device of the largest stage, the DiT's steps."""
+    shapes = stages.Shapes(mesh)
+    step = stages.denoise_step(config, dit, shapes)
+    step.check()
+    network, _, state, control, context, *_ = step.arguments
+    loaded = bytes_per_device(stages.context(config, dit, shapes).arguments[0])
+    branches = 1 if config.guidance == 1 else 2
+    tokens = tokens_per_device(stages.latent_shape(config), dit, shape)
+    row = {
+        "weights": bytes_per_device(network),
+        "context": bytes_per_device(context),
+        "latents": bytes_per_device((state, control)),
+        "activations~": working_bytes(tokens, dit, -(-branches // shape.batch)),
+    }
+    return {**row, "step~": sum(row.values()), "all weights": loaded}
+
+
+def training(config: TrainConfig, dit: DiTConfig, shape: MeshShape, mesh: AbstractMesh) -> Row:
+    """Bytes per device of the training step, for one sample in every part of the batch's axes."""
+    config = dataclasses.replace(config, batch=shape.batch, accumulate=1)
+    step = stages.train_step(config, dit, stages.Shapes(mesh))
+    step.check()
+    state, batch = step.arguments
+    tokens = tokens_per_device(stages.latent_shape(config), dit, shape)
+    weights = bytes_per_device(state.model)
+    row = {
+        "weights": weights,
+        "optimiser": bytes_per_device(state.optimizer),
+        "gradients": weights,
+        "batch": bytes_per_device(batch),
+        "kept~": int(KEPT[config.remat] * dit.num_layers * tokens * dit.dim * 2),
+        "activations~": 2 * working_bytes(tokens, dit),
+    }
+    return {**row, "step~": sum(row.values())}
+
+
+def compiled(config: SampleConfig | TrainConfig, dit: DiTConfig, topology: str, mesh: str) -> dict[str, Row]:
+    """The compiler's figures, by program: peak of memory and payload of every kind of collective."""
+    real = topology_mesh(topology, mesh)
+    with jax.set_mesh(real):
+        shapes = stages.Shapes(real)
+        if isinstance(config, TrainConfig):
+            config = dataclasses.replace(config, batch=parse_mesh(mesh, real.size).batch, accumulate=1)
+            programs = {"training step": stages.train_step(config, dit, shapes)}
+        else:
+            encode, decode = stages.vae_chunks(config, shapes)
+            programs = {
+                "DiT step": stages.denoise_step(config, dit, shapes),
+                "umT5": stages.encode_text(config, shapes),
+                "CLIP": stages.encode_images(config, shapes),
+                "VAE encode": encode,
+                "VAE decode": decode,
+            }
+        rows = {}
+        for name, stage in programs.items():
+            program = read(stage.lower().compile(compiler_options=TPU_OPTIONS))
+            moved = {kind: float(program.payload(kind)) for kind in KINDS if program.payload(kind)}
+            rows[name] = {"arguments": float(program.arguments), "peak": float(program.peak), **moved}
+    return rows
+
+
+def table(rows: dict[str, Row]) -> str:
+    """Rows of bytes as GiB, columns aligned."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    width = max(map(len, rows))
+    lines = [" ".join([" " * width, *(f"{name:>13}" for name in columns)])]
+    for title, row in rows.items():
+        cells = (f"{row[name] / GIB:13.2f}" if name in row else " " * 13 for name in columns)
+        lines.append(" ".join([f"{title:{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def load(path: str) -> tuple[SampleConfig | TrainConfig, DiTConfig, dict[str, str]]:
+    """A configuration, its network and its meshes.
+
+    Raises:
+      InputError: the file cannot be read or names no network.
+    """
+    try:
+        names = runpy.run_path(path)
+        config = names["get_config"]()
+    except Exception as error:  # the file is the user's code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"config {path} cannot be read ({reason}); give a file such as those of configs/") from error
+    dit = getattr(config, "dit", None) or names.get("NETWORK")
+    if dit is None:
+        raise InputError(f"config {path} does not say which network; it needs NETWORK = DiTConfig(..); see configs/")
+    dtype = jnp.dtype(config.dtype)
+    return config, dataclasses.replace(dit, dtype=dtype, param_dtype=dtype), names.get("MESHES", {})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser("python -m sharding.report", description=__doc__)
+    parser.add_argument("--config", required=True, help="configs/*.py")
+    parser.add_argument("--mesh", help="instead of those the configuration names; without -1")
+    parser.add_argument("--compile", metavar="TOPOLOGY", help="such as v6e:2x4: compile for it (needs the aot extra)")
+    args = parser.parse_args(argv)
+    config, dit, meshes = load(args.config)
+    if args.compile:
+        if args.mesh is None and args.compile not in meshes:
+            raise InputError(f"no mesh for {args.compile} in {args.config}, which has {list(meshes)}; give --mesh")
+        print(table(compiled(config, dit, args.compile, args.mesh or meshes[args.compile])))
+        return
+    if args.mesh is not None:
+        meshes = {"": args.mesh}
+    elif not meshes:
+        raise InputError(f"config {args.config} names no mesh; it needs MESHES = {{topology: mesh}}; or give --mesh")
+    rows = {}
+    for topology, text in meshes.items():
+        shape = abstract_shape(text)
+        mesh = AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+        with jax.sharding.use_abstract_mesh(mesh):
+            measure = training if isinstance(config, TrainConfig) else sampling
+            rows[f"{text} {topology}".strip()] = measure(config, dit, shape, mesh)
+    print(f"{args.config}: GiB per device; ~ estimated")
+    print(table(rows))
+
+
+def abstract_shape(text: str) -> MeshShape:
+    """A mesh of as many devices as it says."""
+    sizes = [part.partition("=")[2].strip() for part in text.split(",")]
+    if "-1" in sizes:
+        raise InputError(f"mesh {text!r} has -1; there are no devices to fill in here; give every size")
+    return parse_mesh(text, math.prod(int(size) for size in sizes if size.isdecimal()))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,137 @@
+"""The report and what it reads: memory by counting, collectives and operations from XLA's text."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sharding import report
+from sharding.compiled import collectives, flops, parse, read
+from sharding.mesh import MeshShape, make_mesh
+from wanjax.config import DiTConfig
+from wanjax.errors import InputError
+
+GIB = 2**30
+LAYERS, TOKENS, WIDTH = 5, 64, 32
+
+
+@functools.cache
+def program():
+    """A loop over layers whose weights are split and gathered, its tokens split throughout."""
+    mesh = make_mesh(MeshShape(ulysses=8))
+
+    def forward(x, weights):
+        def layer(x, weight):
+            return jnp.tanh(x @ jax.sharding.reshard(weight, P(None, None))), None
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    def shape(dims, *spec):
+        return jax.ShapeDtypeStruct(dims, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+
+    with jax.set_mesh(mesh):
+        arguments = shape((TOKENS, WIDTH), "ulysses", None), shape((LAYERS, WIDTH, WIDTH), None, "ulysses", None)
+        return read(jax.jit(forward).lower(*arguments).compile())
+
+
+def test_collectives_in_a_loop_count_every_time():
+    assert program().payload("all-gather") == LAYERS * WIDTH * WIDTH * 4
+    assert program().payload("all-gather", asynchronous=True) == 0
+    assert program().payload("all-to-all") == 0
+
+
+def test_operations_in_a_loop_count_every_time_on_one_device():
+    assert program().flops == LAYERS * 2 * (TOKENS // 8) * WIDTH * WIDTH
+
+
+def test_memory_holds_the_arguments():
+    assert program().arguments == 4 * (TOKENS // 8 * WIDTH + LAYERS * WIDTH * WIDTH // 8)
+    assert program().peak >= program().arguments
+
+
+# Lines as libtpu writes them; shortened.
+TPU = """\
+HloModule jit_f, is_scheduled=true
+%started (param.1: bf16[1,8,4]) -> (bf16[1,8,4], bf16[8,8,4]) {
+  %all-gather.1 = bf16[8,8,4]{2,1,0:T(8,128)} all-gather(%param.1), channel_id=4, dimensions={0}, metadata={op_name="w"}
+  ROOT %custom-call.1 = (bf16[1,8,4], bf16[8,8,4]) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+%async_collective_fusion.2 (param.2: bf16[1,8,4]) -> bf16[16,4] {
+  %all-gather.2 = bf16[8,8,4]{2,1,0:T(8,128)} all-gather(%param.2), channel_id=4, dimensions={0}
+  %x = bf16[16,8]{1,0} parameter(1)
+  %y = bf16[8,4]{1,0} parameter(2)
+  ROOT %convolution.1 = bf16[16,4]{1,0} convolution(%x, %y), dim_labels=bf_io->bf
+}
+%body (param.3: (s32[], bf16[1,8,4])) -> (s32[], bf16[1,8,4]) {
+  %start = (bf16[1,8,4], bf16[8,8,4]) fusion(%w), kind=kCustom, calls=%started
+  %middle = bf16[16,4]{1,0} fusion(%start), kind=kCustom, calls=%async_collective_fusion.2
+  %all-to-all-start = ((bf16[1,40,8]{2,1,0}), bf16[1,40,8]{2,1,0}, u32[]{:S(2)}) all-to-all-start(%z), channel_id=1
+  %done = bf16[1,40,8]{2,1,0} all-to-all-done(%all-to-all-start)
+  %rs = f32[2,8]{1,0} reduce-scatter(%g), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  ROOT %tuple = (s32[], bf16[1,8,4]) tuple(%i, %w)
+}
+%condition (param.4: (s32[], bf16[1,8,4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3), metadata={}
+  %i = s32[]{:T(128)} get-tuple-element(%param.4), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+ENTRY %main (w: bf16[1,8,4]) -> bf16[1,8,4] {
+  %while = (s32[]{:T(128)}, bf16[1,8,4]{2,1,0}) while(%tuple.1), condition=%condition, body=%body
+}
+"""
+
+
+def test_text_of_a_tpu():
+    found = {c.kind: c for c in collectives(parse(TPU))}
+    assert len(list(collectives(parse(TPU)))) == 3
+    assert found["all-gather"][1:4] == (8 * 8 * 4 * 2, 3, True)
+    assert found["all-to-all"][1:4] == (40 * 8 * 2, 3, True)
+    assert found["reduce-scatter"][1:4] == (4 * 2 * 8 * 4, 3, False)
+    assert flops(parse(TPU)) == 3 * 2 * 16 * 4 * 8
+
+
+@pytest.mark.parametrize(
+    "name", ["flf2v_14b_720p", "i2v_14b_480p", "t2v_1_3b_480p", "train_flf2v_14b_720p", "train_flf2v_14b_720p_4chips"]
+)
+def test_every_mesh_of_every_configuration(name, capsys):
+    path = f"configs/{name}.py"
+    report.main(["--config", path])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert path in head
+    assert len(rows) == len(report.load(path)[2]) > 0
+
+
+def test_weights_are_counted_to_the_byte(capsys):
+    report.main(["--config", "configs/train_flf2v_14b_720p.py", "--mesh", "fsdp=16,ulysses=4"])
+    header, row = (re.split(r"\s+", line.strip()) for line in capsys.readouterr().out.splitlines()[1:])
+    columns = dict(zip(header, map(float, row[1:]), strict=True))
+    parameters = 16_395_536_704  # tests/test_parameter_counts.py
+    assert columns["weights"] == pytest.approx(4 * parameters / 64 / GIB, abs=0.02)
+    assert columns["optimiser"] == pytest.approx(2 * columns["weights"], abs=0.02)
+
+
+def test_estimate_of_activations_is_near_the_compilers():
+    """Compiled for v6e:2x4, the DiT step's peak is 8.94 GiB, 6.59 of it arguments (docs/memory.md)."""
+    assert report.working_bytes(18900, DiTConfig()) / GIB == pytest.approx(8.94 - 6.59, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "configs/none.py"], "cannot be read"),
+        (["--config", "configs/tiny_random.py"], "NETWORK"),
+        (["--config", "configs/train_tiny.py"], "MESHES"),
+        (["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=-1"], "give every size"),
+        (["--config", "configs/flf2v_14b_720p.py", "--mesh", "rows=2"], "cannot read 'rows=2'"),
+        (["--config", "configs/flf2v_14b_720p.py", "--mesh", "ulysses=3"], "heads"),
+        (["--config", "configs/flf2v_14b_720p.py", "--compile", "v9:1"], "give --mesh"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(InputError, match=message) as error:
+        report.main(arguments)
+    assert "\n" not in str(error.value)
