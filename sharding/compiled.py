@@ -23,7 +23,9 @@ TPU_OPTIONS: dict[str, Any] = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call": True,
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_tpu_enable_async_all_to_all": True,
     "xla_tpu_force_async_all_to_all": True,
@@ -122,6 +124,7 @@ def read(compiled: Any) -> Program:
 def parse(text: str) -> dict[str, list[Instruction]]:
     """The instructions of every computation; that of the entry is also called ENTRY."""
     computations: dict[str, list[Instruction]] = {}
+    body: list[Instruction] = []
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line):
             body = computations[head[2]] = []
@@ -134,27 +137,42 @@ def parse(text: str) -> dict[str, list[Instruction]]:
 
 def walk(computations: dict[str, list[Instruction]], name: str = "ENTRY", times: int = 1) -> Iterator[tuple]:
     """Every `(instruction, executions, computation)` of a run, down into loops, calls and fusions."""
-    for instruction in computations.get(name, ()):
-        yield instruction, times, name
-        inner = times * trip_count(computations, instruction.line) if instruction.opcode == "while" else times
-        called = re.findall(r"(?:body|condition|calls|to_apply|_computation)=%?([^\s,}]+)", instruction.line)
-        for group in re.findall(r"branch_computations=\{([^}]*)\}", instruction.line):
+    for i in computations.get(name, ()):
+        yield i, times, name
+        inner = times * trip_count(computations, name, i) if i.opcode == "while" else times
+        called = re.findall(r"(?:body|condition|calls|to_apply|_computation)=%?([^\s,}]+)", i.line)
+        for group in re.findall(r"branch_computations=\{([^}]*)\}", i.line):
             called += re.findall(r"[^\s,%]+", group)
         for other in called:
             yield from walk(computations, other, inner)
 
 
-def trip_count(computations: dict[str, list[Instruction]], line: str) -> int:
-    """How often a loop runs: as XLA notes, or else the bound that its counter is compared with; 1 if unknown."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+def trip_count(computations: dict[str, list[Instruction]], name: str, loop: Instruction) -> int:
+    """How often a `while` in computation `name` runs, 1 if unknown.
+
+    CPUs and GPUs note it; TPUs do not: there the bound is a constant of the condition and the start one of the caller.
+    """
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.line):
         return int(known[1])
-    condition = re.search(r"condition=%?([^\s,}]+)", line)
-    body = computations.get(condition[1], []) if condition else []
-    constants = {i.name: int(n[1]) for i in body if (n := re.search(r" s32\[\]\S* constant\((\d+)\)", i.line))}
-    for i in body:
+    condition = re.search(r"condition=%?([^\s,}]+)", loop.line)
+    assert condition is not None
+    inside = {i.name: i.line for i in computations[condition[1]]}
+    around = {i.name: i.line for i in computations[name]}
+    for i in computations[condition[1]]:
         if i.opcode == "compare" and "direction=LT" in i.line:
-            return next((constants[name] for name in operands(i.line) if name in constants), 1)
+            counter, bound = (inside.get(operand, "") for operand in operands(i.line))
+            place = re.search(r"get-tuple-element\(.*index=(\d+)", counter)
+            carried = operands(around.get(operands(loop.line)[0], ""))
+            start = constant(around.get(carried[int(place[1])], "")) if place and carried else None
+            stop = constant(bound)
+            return 1 if stop is None else max(0, stop - (start or 0))
     return 1
+
+
+def constant(line: str) -> int | None:
+    """The value of an integer constant; None for another instruction."""
+    found = re.search(r" s32\[\]\S* constant\((\d+)\)", line)
+    return int(found[1]) if found else None
 
 
 def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collective]:
@@ -163,17 +181,15 @@ def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collecti
     Asynchronous ones are pairs of start and done, or, on TPUs, go on inside of the fusions between the two: there the
     first fusion, which starts them, counts.
     """
-    targets = {name: " ".join(i.line for i in body if i.opcode == "custom-call") for name, body in computations.items()}
-    starting = {name for name, text in targets.items() if "AsyncCollectiveStart" in text}
-    started = {channel(i.line) for name in starting for i in computations[name] if i.opcode in KINDS}
+    kernels = {name: " ".join(i.line for i in body if i.opcode == "custom-call") for name, body in computations.items()}
+    fused = {name for name, text in kernels.items() if "AsyncCollectiveStart" in text}
+    begun = {channel(i.line) for name in fused for i in computations[name] if i.opcode in KINDS}
+    starts = [i.line for body in computations.values() for i in body if i.opcode == "async-start"]
+    wrapped = {name for line in starts for name in re.findall(r"calls=%?([^\s,}]+)", line)}
+    plain = called_by_fusions(computations)
     for i, times, name in walk(computations):
         kind = i.opcode.removesuffix("-start")
-        if kind not in KINDS:
-            continue
-        fused = name in starting
-        if not fused and "fused" in f"{name}" and channel(i.line) in started:
-            continue
-        if not fused and name.startswith("async_collective_fusion"):
+        if kind not in KINDS or (name in plain - fused and channel(i.line) in begun):
             continue
         parts = [size(shape) for shape in shapes(i.result)]
         # A start returns its operands, its results and what it waits on.
@@ -181,8 +197,14 @@ def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collecti
         if kind == "reduce-scatter":
             result *= group_size(i.line)
         operation = re.search(r'op_name="([^"]*)"', i.line)
-        asynchronous = fused or i.opcode.endswith("-start")
+        asynchronous = name in fused | wrapped or i.opcode.endswith("-start")
         yield Collective(kind, int(result), times, asynchronous, operation[1] if operation else "")
+
+
+def called_by_fusions(computations: dict[str, list[Instruction]]) -> set[str]:
+    """Names of the computations that are fusions."""
+    lines = (i.line for body in computations.values() for i in body if i.opcode == "fusion")
+    return {name for line in lines for name in re.findall(r"calls=%?([^\s,}]+)", line)}
 
 
 def flops(computations: dict[str, list[Instruction]]) -> int:

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import runpy
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -89,8 +90,9 @@ def training(config: TrainConfig, dit: DiTConfig, shape: MeshShape, mesh: Abstra
     return {**row, "step~": sum(row.values())}
 
 
-def compiled(config: SampleConfig | TrainConfig, dit: DiTConfig, topology: str, mesh: str) -> dict[str, Row]:
-    """The compiler's figures, by program: peak of memory and payload of every kind of collective."""
+def compiled(config: SampleConfig | TrainConfig, dit: DiTConfig, topology: str, mesh: str) -> Iterator[tuple[str, Row]]:
+    """The compiler's figures, program by program: memory, payload of every kind of collective, and how much of it is
+    waited for."""
     real = topology_mesh(topology, mesh)
     with jax.set_mesh(real):
         shapes = stages.Shapes(real)
@@ -106,21 +108,20 @@ def compiled(config: SampleConfig | TrainConfig, dit: DiTConfig, topology: str, 
                 "VAE encode": encode,
                 "VAE decode": decode,
             }
-        rows = {}
         for name, stage in programs.items():
             program = read(stage.lower().compile(compiler_options=TPU_OPTIONS))
-            moved = {kind: float(program.payload(kind)) for kind in KINDS if program.payload(kind)}
-            rows[name] = {"arguments": float(program.arguments), "peak": float(program.peak), **moved}
-    return rows
+            moved = {kind: float(program.payload(kind)) for kind in KINDS}
+            waited = sum(program.payload(kind, asynchronous=False) for kind in KINDS)
+            yield name, {"arguments": program.arguments, "peak": program.peak, **moved, "waited for": waited}
 
 
 def table(rows: dict[str, Row]) -> str:
     """Rows of bytes as GiB, columns aligned."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     width = max(map(len, rows))
-    lines = [" ".join([" " * width, *(f"{name:>13}" for name in columns)])]
+    lines = [" ".join([" " * width, *(f"{name:>18}" for name in columns)])]
     for title, row in rows.items():
-        cells = (f"{row[name] / GIB:13.2f}" if name in row else " " * 13 for name in columns)
+        cells = (f"{row[name] / GIB:18.2f}" if name in row else " " * 18 for name in columns)
         lines.append(" ".join([f"{title:{width}}", *cells]))
     return "\n".join(lines)
 
@@ -155,7 +156,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         if args.mesh is None and args.compile not in meshes:
             raise InputError(f"no mesh for {args.compile} in {args.config}, which has {list(meshes)}; give --mesh")
-        print(table(compiled(config, dit, args.compile, args.mesh or meshes[args.compile])))
+        mesh = args.mesh or meshes[args.compile]
+        print(f"{args.config} on {args.compile}, {mesh}: GiB per device, as compiled")
+        for name, row in compiled(config, dit, args.compile, mesh):
+            print(table({f"{name:13}": row}), flush=True)
         return
     if args.mesh is not None:
         meshes = {"": args.mesh}
@@ -166,8 +170,11 @@ def main(argv: list[str] | None = None) -> None:
         shape = abstract_shape(text)
         mesh = AbstractMesh(tuple(shape), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
         with jax.sharding.use_abstract_mesh(mesh):
-            measure = training if isinstance(config, TrainConfig) else sampling
-            rows[f"{text} {topology}".strip()] = measure(config, dit, shape, mesh)
+            if isinstance(config, TrainConfig):
+                row = training(config, dit, shape, mesh)
+            else:
+                row = sampling(config, dit, shape, mesh)
+            rows[f"{text} {topology}".strip()] = row
     print(f"{args.config}: GiB per device; ~ estimated")
     print(table(rows))
 

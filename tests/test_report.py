@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding import report
+from sharding import report, stages
 from sharding.compiled import collectives, flops, parse, read
 from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import DiTConfig
+from wanjax.config import DiTConfig, SampleConfig
 from wanjax.errors import InputError
 
 GIB = 2**30
@@ -48,6 +48,22 @@ def test_operations_in_a_loop_count_every_time_on_one_device():
     assert program().flops == LAYERS * 2 * (TOKENS // 8) * WIDTH * WIDTH
 
 
+@pytest.mark.parametrize("mesh", [MeshShape(ulysses=8), MeshShape(ring=2, ulysses=4), MeshShape(ring=8)])
+def test_work_is_shared_evenly(mesh):
+    """All of `benchmarks/scaling.py` in small: an n-th of the operations on each of n devices, within 5%."""
+    network = DiTConfig(
+        dim=128, ffn_dim=256, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16
+    )
+    video = SampleConfig(height=128, width=256, frames=29, guidance=1.0)
+
+    def operations(shape):
+        real = make_mesh(shape, jax.devices()[: shape.sequence])
+        with jax.set_mesh(real):
+            return read(stages.denoise_step(video, network, stages.Shapes(real)).lower().compile()).flops
+
+    assert operations(mesh) * 8 == pytest.approx(operations(MeshShape()), rel=0.05)
+
+
 def test_memory_holds_the_arguments():
     assert program().arguments == 4 * (TOKENS // 8 * WIDTH + LAYERS * WIDTH * WIDTH // 8)
     assert program().peak >= program().arguments
@@ -71,8 +87,12 @@ HloModule jit_f, is_scheduled=true
   %middle = bf16[16,4]{1,0} fusion(%start), kind=kCustom, calls=%async_collective_fusion.2
   %all-to-all-start = ((bf16[1,40,8]{2,1,0}), bf16[1,40,8]{2,1,0}, u32[]{:S(2)}) all-to-all-start(%z), channel_id=1
   %done = bf16[1,40,8]{2,1,0} all-to-all-done(%all-to-all-start)
+  %later = ((bf16[2,8]{1,0}), bf16[2,8]{1,0}, u32[]{:S(2)}) async-start(%z), calls=%wrapped
   %rs = f32[2,8]{1,0} reduce-scatter(%g), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   ROOT %tuple = (s32[], bf16[1,8,4]) tuple(%i, %w)
+}
+%wrapped (param.5: bf16[2,8]) -> bf16[2,8] {
+  ROOT %permute = bf16[2,8]{1,0} collective-permute(%param.5), channel_id=9, source_target_pairs={{0,1},{1,0}}
 }
 %condition (param.4: (s32[], bf16[1,8,4])) -> pred[] {
   %bound = s32[]{:T(128)} constant(3), metadata={}
@@ -87,7 +107,8 @@ ENTRY %main (w: bf16[1,8,4]) -> bf16[1,8,4] {
 
 def test_text_of_a_tpu():
     found = {c.kind: c for c in collectives(parse(TPU))}
-    assert len(list(collectives(parse(TPU)))) == 3
+    assert len(list(collectives(parse(TPU)))) == len(found) == 4
+    assert found["collective-permute"][1:4] == (2 * 8 * 2, 3, True)
     assert found["all-gather"][1:4] == (8 * 8 * 4 * 2, 3, True)
     assert found["all-to-all"][1:4] == (40 * 8 * 2, 3, True)
     assert found["reduce-scatter"][1:4] == (4 * 2 * 8 * 4, 3, False)
