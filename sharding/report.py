@@ -36,7 +36,7 @@ def bytes_per_device(tree: Any) -> int:
     """Bytes of a device's part of a tree of shapes."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, "sharding", None)
+        sharding: Any = getattr(leaf, "sharding", None)
         shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, NamedSharding) else leaf.shape
         total += math.prod(shape) * leaf.dtype.itemsize
     return total

@@ -55,21 +55,23 @@ def ring_backward(q, k, v, length: int, lse, delta, dout) -> Gradients:
     if ring == 1:
         return kernel().backward(q, k, v, valid_keys(0, k.shape[2], length), lse, delta, dout)
 
-    def add(hop: jax.Array | int, kv: jax.Array, dq: jax.Array, dkv: jax.Array) -> tuple[jax.Array, jax.Array]:
-        arriving = send(dkv)
-        more, *rest = kernel().backward(q, *kv, valid_keys(hop, kv.shape[3], length), lse, delta, dout)
-        return dq + more, arriving + jnp.stack(rest)
+    def differentiate(hop: jax.Array | int, kv: jax.Array) -> Gradients:
+        return kernel().backward(q, *kv, valid_keys(hop, kv.shape[3], length), lse, delta, dout)
 
     def step(hop: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         kv, dq, dkv = carry
-        return send(kv), *add(hop, kv, dq, dkv)
+        following, arriving = send(kv), send(dkv)
+        # Both must be here before the sums, or XLA holds the sums to be enough to hide a transfer behind.
+        grads, following, arriving = jax.lax.optimization_barrier((differentiate(hop, kv), following, arriving))
+        return following, dq + grads[0], arriving + jnp.stack(grads[1:])
 
     kv = jnp.stack((k, v))
     nothing = jnp.zeros(q.shape, jnp.float32), jnp.zeros(kv.shape, jnp.float32)
     kv, dq, dkv = jax.lax.fori_loop(0, ring - 1, step, (kv, *nothing))
-    dq, dkv = add(ring - 1, kv, dq, dkv)
-    dk, dv = send(dkv)  # the last hop of a full round: home
-    return dq, dk, dv
+    arriving = send(dkv)
+    grads = differentiate(ring - 1, kv)
+    dk, dv = send(arriving + jnp.stack(grads[1:]))  # the last hop of a full round: home
+    return dq + grads[0], dk, dv
 
 
 def send(x: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ normal = jax.nn.initializers.normal(0.02)
 class Context(NamedTuple):
     """Keys and values of the text and of the images for every block; the image's are None for t2v.
 
-    Shapes `[layers, b, n, l, d]`, as the kernels take them: of another order XLA copies all layers at every step. Inside
+    Shapes `[layers, b, n, l, d]`, as the kernels take them: another order XLA copies at every step. Inside
     a block without the layer axis.
     """
 

@@ -70,7 +70,7 @@ def kernel() -> Kernel:
 
 
 def reference_forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
-    """`Kernel.forward`, exact, for one head and one chunk of queries at a time.
+    """A kernel's `forward`, exact, for one head and one chunk of queries at a time.
 
     The scores in memory are `[chunk, lk]`, which stay in a CPU's cache; XLA would write all of `[b, n, lq, lk]`.
     """
@@ -97,7 +97,7 @@ def reference_forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
 
 
 def reference_backward(q, k, v, valid, lse, delta, dout) -> Gradients:
-    """`Kernel.backward`, with the scores of one head and one chunk of queries at a time made again."""
+    """A kernel's `backward`, with the scores of one head and one chunk of queries at a time made again."""
     b, n, length, d = q.shape
     lk = k.shape[2]
     rows = tuple(map(to_chunks, (scaled(q), lse[..., None], delta[..., None], dout)))  # [b * n, chunks, chunk, ..]

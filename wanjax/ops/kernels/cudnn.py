@@ -20,7 +20,7 @@ def supports(q: jax.Array) -> bool:
 
 
 def forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, dtype: DTypeLike) -> Forward:
-    """`Kernel.forward`; the output is rounded to the dtype of `q` on its way to `dtype`."""
+    """A kernel's `forward`; the output is rounded to the dtype of `q` on its way to `dtype`."""
     operands, options = arguments(q, valid)
     out, lse = cudnn._dot_product_attention_fwd_impl(q, k, v, *operands, **options, is_training=True)
     out, lse = out.astype(dtype), lse.reshape(q.shape[:3])  # [b, n, lq, d], [b, n, lq]
@@ -30,7 +30,7 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, d
 
 
 def backward(q, k, v, valid, lse, delta, dout) -> Gradients:
-    """`Kernel.backward`. cuDNN wants the output, but only to make `delta` of it: any other with that `delta` does."""
+    """A kernel's `backward`. cuDNN wants the output only to make `delta` of it: any other with that `delta` does."""
     dout32 = dout.astype(jnp.float32)
     squares = jnp.sum(dout32 * dout32, axis=-1)  # [b, n, lq]
     ratio = delta / jnp.where(squares == 0, 1, squares)

@@ -3,8 +3,8 @@
 Scores are laid out `[keys, queries]`: a query's maximum and sum are then taken down the sublanes, by plain vector
 operations, and its statistics are one row, which broadcasts for free. A block is worked through in units, some keys
 by some queries, as a pipeline: while the vector units are at one unit's softmax, the matrix units make the next unit's
-scores and use up the last unit's weights. That order alone is worth 1.4x on v6e; the sizes are the best by the
-compiler's own schedules for v5e, v5p, v6e and tpu7x.
+scores and use up the last unit's weights. That order alone is worth 1.5x on v6e; the sizes are the best of those tried,
+by the compiler's own schedules.
 
 The exponentials are powers of two, log2(e) being part of the scaling of `q`. Outside the kernels all is natural.
 """
@@ -77,7 +77,7 @@ def forward_kernel(valid_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, to
     @pl.when(step == 0)
     def _():
         sum_ref[...] = jnp.zeros_like(sum_ref)
-        top_ref[...] = jnp.full_like(top_ref, LOWEST)
+        top_ref[...] = jnp.full_like(top_ref, LOWEST * LOG2E)
         total_ref[...] = jnp.zeros_like(total_ref)
 
     def score(unit: Unit) -> jax.Array:
@@ -154,10 +154,14 @@ def backward_kernel(
     valid = jnp.clip(valid_ref[0] - pl.program_id(1) * keys, 0, keys)
     for_units(queries, keys, unit_keys, valid, lambda units: pipeline(units, score, softmax, add))
 
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        dk_ref[...] /= LOG2E  # q came with the factor
+
 
 @partial(jax.jit, static_argnames=("dtype", "interpret"))
 def forward(q, k, v, valid, dtype: DTypeLike, *, interpret: bool = False) -> Forward:
-    """`Kernel.forward`. Reads past the ends of `q`, `k` and `v` are harmless: such keys do not count."""
+    """A kernel's `forward`. Reads past the ends of `q`, `k` and `v` are harmless: such keys do not count."""
     b, n, lq, d = q.shape
     valid, q, k, v, unit_keys, keys = prepare(q, k, v, valid, KEYS_FORWARD)
     heads, _, width = q.shape
@@ -192,7 +196,7 @@ def forward(q, k, v, valid, dtype: DTypeLike, *, interpret: bool = False) -> For
 
 @partial(jax.jit, static_argnames=("interpret",))
 def backward(q, k, v, valid, lse, delta, dout, *, interpret: bool = False) -> Gradients:
-    """`Kernel.backward`; so many queries at a time that their gradient fits in VMEM."""
+    """A kernel's `backward`; so many queries at a time that their gradient fits in VMEM."""
     b, n, lq, d = q.shape
     lk = k.shape[2]
     valid, q, k, v, unit_keys, keys = prepare(q, k, v, valid, KEYS_BACKWARD)
@@ -222,11 +226,11 @@ def backward(q, k, v, valid, lse, delta, dout, *, interpret: bool = False) -> Gr
         (dk, dv), dq = jax.lax.scan(step, (zeros, zeros), rows)
     dq = dq.transpose(1, 0, 3, 2).reshape(b, n, parts * part, width)[:, :, :lq, :d]  # [b, n, lq, d]
     dk, dv = (x[:, :lk, :d].reshape(b, n, lk, d) for x in (dk, dv))
-    return dq * d**-0.5, dk / LOG2E, dv
+    return dq * d**-0.5, dk, dv
 
 
 def backward_part(valid, k, v, q, dout, lse, delta, *, keys: int, unit_keys: int, queries: int, interpret: bool):
-    """Gradients by some of the queries, `[b * n, d, part]`, and of the keys and values by these, `[b * n, lk, d]`."""
+    """Gradients of some of the queries, `[b * n, d, part]`, and by these of the keys and values, `[b * n, lk, d]`."""
     heads, part, width = q.shape
     lse, delta = (x.reshape(heads, 1, part) for x in (lse, delta))
     by_query = pl.BlockSpec((None, queries, width), lambda h, j, i, _: (h, i, 0))
