@@ -1,0 +1,193 @@
+"""Attention on one device: the reference against plain softmax, the kernels against the reference."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from wanjax.ops.attention import attention, kernel, reference_backward, reference_forward
+from wanjax.ops.kernels import LOWEST, cudnn, flash_tpu
+
+
+def softmax_attention(q, k, v):
+    scores = jnp.einsum("blnd,bmnd->bnlm", q, k) * q.shape[-1] ** -0.5
+    return jnp.einsum("bnlm,bmnd->blnd", jax.nn.softmax(scores), v)
+
+
+def random(shape, seed, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def distance(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def assert_close(results, expected, tolerance=2e-6):
+    """By norm; what should be zero is exactly that."""
+    for got, wanted in zip(results, expected, strict=True):
+        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+        assert np.linalg.norm(got - wanted) <= tolerance * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(("lq", "lk"), [(600, 37), (5, 300)])
+def test_value_and_gradients(lq, lk):
+    q, k, v, dout = random((2, lq, 3, 16), 0), random((2, lk, 3, 16), 1), random((2, lk, 3, 16), 2), None
+    expected, expected_vjp = jax.vjp(softmax_attention, q, k, v)
+    dout = random(expected.shape, 3)
+    out, vjp = jax.vjp(attention, q, k, v)
+    assert distance(out, expected) < 1e-6
+    for got, wanted in zip(vjp(dout), expected_vjp(dout), strict=True):
+        assert distance(got, wanted) < 1e-6
+
+
+def test_bfloat16_stays_close_and_keeps_its_dtype():
+    q, k, v, dout = (random((1, 300, 2, 32), seed) for seed in range(4))
+    expected, expected_vjp = jax.vjp(softmax_attention, q, k, v)
+    out, vjp = jax.vjp(attention, *(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    grads = vjp(dout.astype(jnp.bfloat16))
+    assert all(x.dtype == jnp.bfloat16 for x in (out, *grads))
+    assert distance(out, expected) < 0.01
+    for got, wanted in zip(grads, expected_vjp(dout), strict=True):
+        assert distance(got, wanted) < 0.02
+
+
+def test_gradient_needs_no_memory_for_the_scores():
+    x = jax.ShapeDtypeStruct((1, 4096, 4, 8), jnp.float32)
+    grad = jax.jit(jax.grad(lambda q, k, v: attention(q, k, v).sum(), argnums=(0, 1, 2)))
+    stats = grad.lower(x, x, x).compile().memory_analysis()
+    assert stats.temp_size_in_bytes < 4 * 4096 * 4096 / 4  # a sixteenth of the score matrix
+
+
+@pytest.mark.parametrize("valid", [1, 20, 37])
+def test_only_valid_keys_count(valid):
+    q, k, v, dout = (random((1, 2, 37, 8), seed) for seed in range(4))
+    lse_shift = 0.5  # as if other blocks had keys too
+    out, lse = reference_forward(q, k, v, jnp.int32(valid), jnp.float32)
+    short = k[:, :, :valid], v[:, :, :valid]
+    expected, expected_lse = reference_forward(q, *short, None, jnp.float32)
+    assert distance(out, expected) < 1e-6
+    assert distance(lse, expected_lse) < 1e-6
+    delta = random(lse.shape, 4)
+    dq, dk, dv = reference_backward(q, k, v, jnp.int32(valid), lse + lse_shift, delta, dout)
+    expected_dq, *expected_dkv = reference_backward(q, *short, None, lse + lse_shift, delta, dout)
+    assert distance(dq, expected_dq) < 1e-6
+    for got, wanted in zip((dk, dv), expected_dkv, strict=True):
+        assert distance(got[:, :, :valid], wanted) < 1e-6
+        assert not np.any(got[:, :, valid:])
+
+
+def test_a_block_without_valid_keys_adds_nothing():
+    q, k, v, dout = (random((1, 2, 5, 8), seed) for seed in range(4))
+    rows = jnp.zeros(q.shape[:3])
+    for forward, backward in (
+        (reference_forward, reference_backward),
+        (kernel().forward, kernel().backward),
+    ):
+        out, lse = forward(q, k, v, jnp.int32(0), jnp.float32)
+        assert not np.any(out)
+        np.testing.assert_array_equal(lse, np.float32(LOWEST))
+        for grad in backward(q, k, v, jnp.int32(0), rows, rows, dout):
+            assert not np.any(grad)
+
+
+def test_a_checkpoint_policy_can_keep_the_output():
+    """With what is named "attention" saved, the backward pass attends no second time."""
+    x = jax.ShapeDtypeStruct((1, 8, 2, 8), jnp.float32)
+
+    def count(policy):
+        block = jax.checkpoint(lambda x: attention(jnp.sin(x), jnp.cos(x), x), policy=policy)
+        lowered = jax.jit(jax.value_and_grad(lambda x: block(x).sum())).trace(x).lower(lowering_platforms=("tpu",))
+        return len(re.findall(r"call @forward(_\d+)?\(", lowered.as_text()))
+
+    assert count(jax.checkpoint_policies.nothing_saveable) == 2
+    assert count(jax.checkpoint_policies.save_only_these_names("attention")) == 1
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks and units in a small problem."""
+    monkeypatch.setattr(flash_tpu, "QUERIES", 256)
+    monkeypatch.setattr(flash_tpu, "UNIT_QUERIES", 128)
+    monkeypatch.setattr(flash_tpu, "UNIT_KEYS", 128)
+    monkeypatch.setattr(flash_tpu, "KEYS_FORWARD", 512)
+    monkeypatch.setattr(flash_tpu, "KEYS_BACKWARD", 384)
+    monkeypatch.setattr(flash_tpu, "DQ_BYTES", 256 * 128 * 4)
+    for function in (flash_tpu.forward, flash_tpu.backward):
+        function.clear_cache()
+    yield
+    for function in (flash_tpu.forward, flash_tpu.backward):
+        function.clear_cache()
+
+
+@pytest.mark.parametrize(
+    ("lq", "lk", "d", "valid"),
+    [(300, 1100, 16, 900), (300, 1024, 128, None), (3, 5, 12, None), (100, 257, 80, None), (20, 300, 16, 0)],
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_tpu_kernel_equals_the_reference(lq, lk, d, valid):
+    q, dout = random((1, 2, lq, d), 0), random((1, 2, lq, d), 3)
+    k, v = random((1, 2, lk, d), 1), random((1, 2, lk, d), 2)
+    valid = None if valid is None else jnp.int32(valid)
+    out, lse = reference_forward(q, k, v, valid, jnp.float32)
+    results = flash_tpu.forward(q, k, v, valid, jnp.float32, interpret=True)
+    assert_close(results, (out, lse))
+    lse, delta = jnp.maximum(lse, 0) + 0.5, random(lse.shape, 4)  # as if other blocks had keys too
+    expected = reference_backward(q, k, v, valid, lse, delta, dout)
+    assert_close(flash_tpu.backward(q, k, v, valid, lse, delta, dout, interpret=True), expected)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_tpu_kernel_in_bfloat16():
+    q, k, v, dout = (random((1, 1, 200, 64), seed, jnp.bfloat16) for seed in range(4))
+    out, lse = reference_forward(q, k, v, None, jnp.float32)
+    got, got_lse = flash_tpu.forward(q, k, v, None, jnp.float32, interpret=True)
+    assert distance(got, out) < 0.01
+    np.testing.assert_allclose(got_lse, lse, atol=0.01)
+    delta = jnp.sum(out * dout, axis=-1)
+    expected = reference_backward(q, k, v, None, lse, delta, dout)
+    for x, wanted in zip(flash_tpu.backward(q, k, v, None, lse, delta, dout, interpret=True), expected, strict=True):
+        assert x.dtype == jnp.float32
+        assert distance(x, wanted) < 0.02
+
+
+def lowered(platform, dtype, valid):
+    """What the dispatcher makes of forward and backward for a platform that is not here."""
+
+    def both(q, k, v, valid, rows):
+        k_forward, k_backward = kernel()
+        return k_forward(q, k, v, valid, jnp.float32), k_backward(q, k, v, valid, rows, rows, q)
+
+    x, rows = jax.ShapeDtypeStruct((1, 2, 40, 64), dtype), jax.ShapeDtypeStruct((1, 2, 40), jnp.float32)
+    valid = jax.ShapeDtypeStruct((), jnp.int32) if valid else None
+    return jax.jit(both).trace(x, x, x, valid, rows).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("valid", [False, True])
+def test_the_platform_compiled_for_chooses_the_kernel(valid):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        text = lowered("tpu", dtype, valid)
+        assert text.count("tpu_custom_call") == 2
+        assert "cudnn" not in text
+        assert "custom_call" not in lowered("cpu", dtype, valid)
+    text = lowered("cuda", jnp.bfloat16, valid)
+    assert "__cudnn$fmhaSoftmax(" in text
+    assert "__cudnn$fmhaSoftmaxBackward(" in text
+    assert "cudnn" not in lowered("cuda", jnp.float32, valid)
+
+
+def test_cudnn_is_given_an_output_with_the_right_row_products(monkeypatch):
+    seen = {}
+
+    def fake(q, k, v, *rest, **options):
+        seen["lse"], seen["out"], seen["dout"] = rest[-3:]
+        return q, k, v
+
+    monkeypatch.setattr(cudnn.cudnn, "_dot_product_attention_bwd_impl", fake)
+    q, dout = random((1, 2, 5, 8), 0, jnp.bfloat16), random((1, 2, 5, 8), 1, jnp.bfloat16).at[0, 0, 0].set(0)
+    delta = random((1, 2, 5), 2).at[0, 0, 0].set(0)
+    cudnn.backward(q, q, q, None, delta, delta, dout)
+    products = np.sum(np.asarray(seen["out"], np.float32) * np.asarray(dout, np.float32), axis=-1)
+    np.testing.assert_allclose(products, delta, rtol=0.01)
