@@ -6,14 +6,17 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: sample test lint golden parity parity-setup bench clean
+.PHONY: sample test lint aot golden parity parity-setup bench clean
 
 sample: .venv/.installed  ## a tiny RANDOM checkpoint on two pictures: out/video.mp4
 	$(BIN)/python sample_jax.py --config configs/tiny_random.py
 
 test: .venv/.installed  ## what needs neither torch nor an accelerator's compiler
-	@echo "Deselected here: live (against diffusers, run 'make parity') and aot (compiles for TPUs, needs the aot extra)."
+	@echo "Deselected here: live (against diffusers, run 'make parity') and aot (compiles for TPUs, run 'make aot')."
 	$(BIN)/python -m pytest -n 2 -m "not live and not aot"
+
+aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: a quarter of an hour or more, 8 GB of memory
+	$(BIN)/python -m pytest -m aot
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -48,4 +51,9 @@ clean:
 	@echo "Installing torch, diffusers and accelerate into .venv (long the first time)"
 	$(PIP) $(TORCH)
 	$(PIP) --editable ".[dev,golden]"
+	@touch $@
+
+.venv/.aot: .venv/.installed
+	@echo "Installing libtpu into .venv"
+	$(PIP) --editable ".[dev,aot]"
 	@touch $@
