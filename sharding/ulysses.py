@@ -41,7 +41,7 @@ def sequence_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int) ->
       length: tokens that are not padding; only these are attended to.
 
     Returns:
-      `[b, l, n, d]` in the dtype of `q`, sharded as it is. What padding gets is finite and of no meaning.
+      `[b, l, n, d]` in the dtype of `q`, tokens over (ring, ulysses). What padding gets is finite, of no meaning.
 
     Raises:
       InputError: the heads cannot be split by ulysses.

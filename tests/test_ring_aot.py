@@ -36,7 +36,7 @@ def places(body, name="", opcode=""):
 def test_the_ring_computes_while_keys_travel(topology):
     mesh = topology_mesh(topology, "ring=-1")
     length = 18900 * mesh.size  # 18900 is no multiple of a block, of the lanes or of the sublanes
-    shape, spec = (1, length, 2, 128), PartitionSpec(None, "ring")
+    shape, spec = (1, length, 2, 128), PartitionSpec(None, ("ring", "ulysses"))
     bodies = computations(mesh, lambda q, k, v: sequence_attention(q, k, v, length - 5), spec, shape, shape, shape)
     assert not any(places(body, opcode="all-gather") for body in bodies)
     for kernel, transfers in (("flash_forward", 1), ("flash_backward", 2)):
