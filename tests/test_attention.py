@@ -1,6 +1,7 @@
 """Attention on one device: the reference against plain softmax, the kernels against the reference."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,7 @@ def random(shape, seed, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
-def distance(got, expected):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+forward, backward = jax.jit(reference_forward, static_argnums=4), jax.jit(reference_backward)
 
 
 def assert_close(results, expected, tolerance=2e-6):
@@ -32,26 +31,23 @@ def assert_close(results, expected, tolerance=2e-6):
         assert np.linalg.norm(got - wanted) <= tolerance * np.linalg.norm(wanted)
 
 
+@partial(jax.jit, static_argnums=0)
+def with_gradients(function, q, k, v, dout):
+    out, vjp = jax.vjp(function, q, k, v)
+    return out, *vjp(dout)
+
+
 @pytest.mark.parametrize(("lq", "lk"), [(600, 37), (5, 300)])
 def test_value_and_gradients(lq, lk):
-    q, k, v, dout = random((2, lq, 3, 16), 0), random((2, lk, 3, 16), 1), random((2, lk, 3, 16), 2), None
-    expected, expected_vjp = jax.vjp(softmax_attention, q, k, v)
-    dout = random(expected.shape, 3)
-    out, vjp = jax.vjp(attention, q, k, v)
-    assert distance(out, expected) < 1e-6
-    for got, wanted in zip(vjp(dout), expected_vjp(dout), strict=True):
-        assert distance(got, wanted) < 1e-6
+    q, k, v, dout = (random((2, length, 3, 16), seed) for seed, length in enumerate((lq, lk, lk, lq)))
+    assert_close(with_gradients(attention, q, k, v, dout), with_gradients(softmax_attention, q, k, v, dout))
 
 
 def test_bfloat16_stays_close_and_keeps_its_dtype():
-    q, k, v, dout = (random((1, 300, 2, 32), seed) for seed in range(4))
-    expected, expected_vjp = jax.vjp(softmax_attention, q, k, v)
-    out, vjp = jax.vjp(attention, *(x.astype(jnp.bfloat16) for x in (q, k, v)))
-    grads = vjp(dout.astype(jnp.bfloat16))
-    assert all(x.dtype == jnp.bfloat16 for x in (out, *grads))
-    assert distance(out, expected) < 0.01
-    for got, wanted in zip(grads, expected_vjp(dout), strict=True):
-        assert distance(got, wanted) < 0.02
+    inputs = [random((1, 300, 2, 32), seed) for seed in range(4)]
+    results = with_gradients(attention, *(x.astype(jnp.bfloat16) for x in inputs))
+    assert all(x.dtype == jnp.bfloat16 for x in results)
+    assert_close(results, with_gradients(softmax_attention, *inputs), 0.02)
 
 
 def test_gradient_needs_no_memory_for_the_scores():
@@ -64,33 +60,23 @@ def test_gradient_needs_no_memory_for_the_scores():
 @pytest.mark.parametrize("valid", [1, 20, 37])
 def test_only_valid_keys_count(valid):
     q, k, v, dout = (random((1, 2, 37, 8), seed) for seed in range(4))
-    lse_shift = 0.5  # as if other blocks had keys too
-    out, lse = reference_forward(q, k, v, jnp.int32(valid), jnp.float32)
     short = k[:, :, :valid], v[:, :, :valid]
-    expected, expected_lse = reference_forward(q, *short, None, jnp.float32)
-    assert distance(out, expected) < 1e-6
-    assert distance(lse, expected_lse) < 1e-6
-    delta = random(lse.shape, 4)
-    dq, dk, dv = reference_backward(q, k, v, jnp.int32(valid), lse + lse_shift, delta, dout)
-    expected_dq, *expected_dkv = reference_backward(q, *short, None, lse + lse_shift, delta, dout)
-    assert distance(dq, expected_dq) < 1e-6
-    for got, wanted in zip((dk, dv), expected_dkv, strict=True):
-        assert distance(got[:, :, :valid], wanted) < 1e-6
-        assert not np.any(got[:, :, valid:])
+    out, lse = forward(q, k, v, jnp.int32(valid), jnp.float32)
+    assert_close((out, lse), forward(q, *short, None, jnp.float32))
+    lse, delta = lse + 0.5, random(lse.shape, 4)  # as if other blocks had keys too
+    dq, dk, dv = backward(q, k, v, jnp.int32(valid), lse, delta, dout)
+    assert_close((dq, dk[:, :, :valid], dv[:, :, :valid]), backward(q, *short, None, lse, delta, dout))
+    assert not np.any(dk[:, :, valid:])
+    assert not np.any(dv[:, :, valid:])
 
 
 def test_a_block_without_valid_keys_adds_nothing():
     q, k, v, dout = (random((1, 2, 5, 8), seed) for seed in range(4))
-    rows = jnp.zeros(q.shape[:3])
-    for forward, backward in (
-        (reference_forward, reference_backward),
-        (kernel().forward, kernel().backward),
-    ):
-        out, lse = forward(q, k, v, jnp.int32(0), jnp.float32)
-        assert not np.any(out)
-        np.testing.assert_array_equal(lse, np.float32(LOWEST))
-        for grad in backward(q, k, v, jnp.int32(0), rows, rows, dout):
-            assert not np.any(grad)
+    rows, none = jnp.zeros(q.shape[:3]), jnp.int32(0)
+    out, lse = forward(q, k, v, none, jnp.float32)
+    np.testing.assert_array_equal(lse, np.float32(LOWEST))
+    for zero in (out, *backward(q, k, v, none, rows, rows, dout)):
+        assert not np.any(zero)
 
 
 def test_a_checkpoint_policy_can_keep_the_output():
@@ -115,11 +101,11 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(flash_tpu, "KEYS_FORWARD", 512)
     monkeypatch.setattr(flash_tpu, "KEYS_BACKWARD", 384)
     monkeypatch.setattr(flash_tpu, "DQ_BYTES", 256 * 128 * 4)
-    for function in (flash_tpu.forward, flash_tpu.backward):
-        function.clear_cache()
+    flash_tpu.forward.clear_cache()
+    flash_tpu.backward.clear_cache()
     yield
-    for function in (flash_tpu.forward, flash_tpu.backward):
-        function.clear_cache()
+    flash_tpu.forward.clear_cache()
+    flash_tpu.backward.clear_cache()
 
 
 @pytest.mark.parametrize(
@@ -131,26 +117,23 @@ def test_tpu_kernel_equals_the_reference(lq, lk, d, valid):
     q, dout = random((1, 2, lq, d), 0), random((1, 2, lq, d), 3)
     k, v = random((1, 2, lk, d), 1), random((1, 2, lk, d), 2)
     valid = None if valid is None else jnp.int32(valid)
-    out, lse = reference_forward(q, k, v, valid, jnp.float32)
+    out, lse = forward(q, k, v, valid, jnp.float32)
     results = flash_tpu.forward(q, k, v, valid, jnp.float32, interpret=True)
     assert_close(results, (out, lse))
     lse, delta = jnp.maximum(lse, 0) + 0.5, random(lse.shape, 4)  # as if other blocks had keys too
-    expected = reference_backward(q, k, v, valid, lse, delta, dout)
+    expected = backward(q, k, v, valid, lse, delta, dout)
     assert_close(flash_tpu.backward(q, k, v, valid, lse, delta, dout, interpret=True), expected)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_tpu_kernel_in_bfloat16():
     q, k, v, dout = (random((1, 1, 200, 64), seed, jnp.bfloat16) for seed in range(4))
-    out, lse = reference_forward(q, k, v, None, jnp.float32)
-    got, got_lse = flash_tpu.forward(q, k, v, None, jnp.float32, interpret=True)
-    assert distance(got, out) < 0.01
-    np.testing.assert_allclose(got_lse, lse, atol=0.01)
+    out, lse = forward(q, k, v, None, jnp.float32)
+    assert_close(flash_tpu.forward(q, k, v, None, jnp.float32, interpret=True), (out, lse), 0.01)
     delta = jnp.sum(out * dout, axis=-1)
-    expected = reference_backward(q, k, v, None, lse, delta, dout)
-    for x, wanted in zip(flash_tpu.backward(q, k, v, None, lse, delta, dout, interpret=True), expected, strict=True):
-        assert x.dtype == jnp.float32
-        assert distance(x, wanted) < 0.02
+    results = flash_tpu.backward(q, k, v, None, lse, delta, dout, interpret=True)
+    assert all(x.dtype == jnp.float32 for x in results)
+    assert_close(results, backward(q, k, v, None, lse, delta, dout), 0.02)
 
 
 def lowered(platform, dtype, valid):
