@@ -77,7 +77,10 @@ def main(argv: list[str] | None = None) -> None:
 
     import numpy as np  # here: --help and bad flags need none of these
 
+    from sharding.compiled import use_tpu_options
     from wanjax import media, pipeline
+
+    use_tpu_options()
 
     # ---- everything that can be wrong, before hours of work
     plan = pipeline.prepare(config)

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     import jax  # here: --help and bad flags need none of these
 
     from sharding import distributed
+    from sharding.compiled import use_tpu_options
     from sharding.mesh import make_mesh, parse_mesh
     from wanjax.checkpoint import Checkpoints
     from wanjax.data.batch import Batches
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     from wanjax.training.state import abstract_state, init_state
 
     # ---- processes, before anything asks for a device
+    use_tpu_options()
     distributed.initialize(flags.coordinator, flags.processes, flags.process_id)
 
     # ---- everything that can be wrong, before hours of work

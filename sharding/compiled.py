@@ -37,6 +37,12 @@ WIDTHS = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5}
 """Bytes of an element where its name does not end in its bits."""
 
 
+def use_tpu_options() -> None:
+    """Let libtpu compile with `TPU_OPTIONS`; the user's LIBTPU_INIT_ARGS win. Call it before JAX looks for devices."""
+    options = (f"--{name}={str(value).lower()}" for name, value in TPU_OPTIONS.items())
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*options, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+
+
 class Collective(NamedTuple):
     """One collective of a program.
 

@@ -1,6 +1,7 @@
 """The report and what it reads: memory by counting, collectives and operations from XLA's text."""
 
 import functools
+import os
 import re
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sharding import report, stages
-from sharding.compiled import collectives, flops, parse, read
+from sharding.compiled import collectives, flops, parse, read, use_tpu_options
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import DiTConfig, SampleConfig
 from wanjax.errors import InputError
@@ -124,6 +125,14 @@ def test_every_mesh_of_every_configuration(name, capsys):
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert path in head
     assert len(rows) == len(report.load(path)[2]) > 0
+
+
+def test_the_users_options_of_libtpu_come_last(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_force_async_all_to_all=false")
+    use_tpu_options()
+    first, *_, last = os.environ["LIBTPU_INIT_ARGS"].split()
+    assert first == "--xla_enable_async_all_gather=true"
+    assert last == "--xla_tpu_force_async_all_to_all=false"
 
 
 def test_weights_are_counted_to_the_byte(capsys):
