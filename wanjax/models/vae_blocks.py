@@ -18,6 +18,7 @@ from flax import nnx
 from wanjax.config import VAEConfig
 from wanjax.models.layers import Linear
 from wanjax.ops.attention import reference_forward
+from wanjax.ops.conv import conv2d
 
 Cache = jax.Array | tuple["Cache", ...] | None
 kernel_init = jax.nn.initializers.lecun_normal()
@@ -78,14 +79,8 @@ def _taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: li
     y = jnp.float32(0)  # the partial sums are rounded once, as in the 3D form
     for i in range(kt):
         tap = x[:, i : i + (frames - 1) * strides[0] + 1 : strides[0]]  # [b, frames, h, w, c]
-        y += jax.lax.conv_general_dilated(
-            tap.reshape(b * frames, *tap.shape[2:]),
-            kernel[i],
-            (strides[1], strides[1]),
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            preferred_element_type=jnp.float32,
-        )  # [b * frames, h, w, out]
+        tap = tap.reshape(b * frames, *tap.shape[2:])  # [b * frames, h, w, c]
+        y += conv2d(tap, kernel[i], strides[1], tuple(padding))  # [b * frames, h, w, out]
     return y.astype(x.dtype).reshape(b, frames, *y.shape[1:])  # [b, frames, h, w, out]
 
 
