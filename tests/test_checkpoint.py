@@ -96,8 +96,7 @@ def test_another_model_is_refused(saved, change, message):
 
 def test_damage_is_refused(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
-    for file in (tmp_path / "run/checkpoints/3/state").rglob("d/*"):
-        file.unlink()
+    (tmp_path / "run/checkpoints/3/state/_METADATA").write_text("{")
     with on(SHAPE), pytest.raises(InputError, match="cannot be read") as error:
         Checkpoints(tmp_path / "run").restore(abstract_state(CONFIG, DIT))
     assert "\n" not in str(error.value)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,13 +100,19 @@ def await_steps(workdir, run, steps):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(runs, tmp_path_factory):
-    """Losses of a two-process run."""
+def uninterrupted_run(runs, tmp_path_factory):
+    """Folder of a two-process run."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     outputs = finish(runs.start(workdir, STEPS, 2))
     assert f"step {STEPS} in" in outputs[0]
     assert f"step {STEPS} in" not in outputs[1]  # printed once
-    return losses(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_run):
+    """Its losses."""
+    return losses(uninterrupted_run)
 
 
 def test_two_processes_equal_one(runs, uninterrupted, tmp_path):
@@ -130,6 +137,17 @@ def test_killed_and_restarted_continues_to_the_bit(runs, uninterrupted, tmp_path
     np.testing.assert_array_equal(losses(tmp_path)[:STEPS], uninterrupted)
     steps = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
     assert max(steps) == len(losses(tmp_path))
+
+
+def test_lost_arrays_are_named_in_one_line(runs, uninterrupted_run, tmp_path):
+    shutil.copytree(uninterrupted_run, tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints").rglob("d/*"):
+        file.unlink()
+    (run,) = runs.start(tmp_path / "run", STEPS + 1, 1)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 2
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "cannot be read" in line
 
 
 def test_processes_from_flags_and_environment(monkeypatch):
