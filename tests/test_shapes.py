@@ -1,0 +1,77 @@
+"""The demo's clips: pure functions of their seeds, hard for a cross-fade, and told apart by their captions."""
+
+import re
+
+import numpy as np
+import pytest
+
+from wanjax.data.shapes import VOCABULARY, Shapes, caption, draw_scene, render
+from wanjax.errors import InputError
+
+
+def psnr(video, other):
+    return float(10 * np.log10(255**2 / np.mean((video.astype(float) - other) ** 2)))
+
+
+def test_a_clip_is_a_function_of_its_seed():
+    clips, later = Shapes(10, 20), Shapes(15, 5)
+    for i in (4, 0, 2):
+        ours, theirs = later[i], clips[5 + i]
+        assert ours.name == theirs.name
+        assert ours.caption == theirs.caption == caption(15 + i)
+        np.testing.assert_array_equal(ours.video, theirs.video)
+    assert len({clips[i].video.tobytes() for i in range(20)}) == 20
+    assert clips[0].video.shape == (*clips.shape(0), 3)
+    assert clips[0].video.dtype == np.uint8
+
+
+def test_captions_are_of_the_vocabulary():
+    words = {word for seed in range(300) for word in re.findall(r"[a-z]+", caption(seed))}
+    assert words <= set(VOCABULARY)
+    assert len(VOCABULARY) <= 64
+
+
+def test_ends_do_not_tell_what_lies_between():
+    """A cross-fade of the ends and holding the nearer one are what a model has to beat."""
+    fades, nearest = [], []
+    time = np.linspace(0, 1, 17)[:, None, None, None]
+    for i in range(16):
+        video = Shapes(0, 16, kind="different")[i].video
+        first, last = video[0].astype(float), video[-1].astype(float)
+        fades.append(psnr(video[1:-1], (first + (last - first) * time)[1:-1]))
+        nearest.append(psnr(video[1:-1], np.where(time < 0.5, first, last)[1:-1]))
+    assert np.mean(fades) < 20
+    assert np.mean(nearest) < 20
+
+
+def test_different_clips_differ_more_between_their_ends():
+    def changes(kind):
+        videos = [Shapes(0, 32, frames=2, kind=kind)[i].video for i in range(32)]
+        return np.array([np.mean(np.abs(v[0].astype(float) - v[-1])) for v in videos])
+
+    assert np.sum(changes("different") < 6) == 0
+    assert np.sum(changes("all") < 6) >= 4
+
+
+def test_the_caption_tells_the_way():
+    scene = next(s for s in map(draw_scene, range(100)) if s.figures[-1].bend == 1 and s.figures[-1].verb == "moves")
+    bent = render(scene, 5, 64)
+    straight = render(scene._replace(figures=(*scene.figures[:-1], scene.figures[-1]._replace(bend=0))), 5, 64)
+    np.testing.assert_array_equal(bent[[0, -1]], straight[[0, -1]])
+    assert psnr(bent[2], straight[2]) < 25
+
+
+def test_fine_clips_are_the_different_ones_drawn_better():
+    different, fine = Shapes(3, 1, kind="different")[0], Shapes(3, 1, kind="fine")[0]
+    assert different.caption == fine.caption
+    assert psnr(different.video, fine.video) > 30
+    assert not np.array_equal(different.video, fine.video)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"kind": "best"}, "kind 'best'"), ({"size": 20}, "multiple of 16"), ({"frames": 1}, "2 frames or more")],
+)
+def test_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        Shapes(0, 1, **arguments)
