@@ -16,6 +16,7 @@ from wanjax.errors import InputError
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Norm, _conv3d, _taps, conv
 from wanjax.models.vae_tiling import decode_tiled, encode_tiled
+from wanjax.ops.conv import conv2d
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = VAEConfig(dim=4, num_res_blocks=1, dim_mult=(1, 2), temporal_downsample=(True,))  # 2x2 in space, 2 in time
@@ -268,3 +269,15 @@ def test_refusals(call, message):
     with pytest.raises(InputError, match=message) as error:
         call(abstract(VAEConfig()))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, ((1, 1), (1, 1))), (2, ((0, 1), (0, 1))), (1, ((0, 0), (0, 0)))])
+def test_gradient_of_a_convolution_is_xlas(stride, padding):
+    x = jax.random.normal(jax.random.key(0), (3, 8, 10, 4))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 5))
+
+    def gradients(convolution):
+        return jax.grad(lambda x, k: jnp.sum(jnp.sin(convolution(x, k, stride, padding))), argnums=(0, 1))(x, kernel)
+
+    for ours, wanted in zip(gradients(conv2d), gradients(conv2d.fun), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-4)

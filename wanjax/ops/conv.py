@@ -1,7 +1,7 @@
 """2D convolution with a gradient that a CPU can compute.
 
-XLA on a CPU computes a convolution fast and the gradient of its kernel 5 to 20 times slower: it sees a convolution whose
-window is the whole picture. Here that gradient is a sum over pictures of small matrix products of their patches.
+XLA on a CPU computes a convolution fast and the gradient of its kernel 5 to 20 times slower: it sees a convolution
+whose window is the whole picture. Here that gradient is a sum over pictures of small matrix products of their patches.
 """
 
 from __future__ import annotations
@@ -68,4 +68,4 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride:
     return total.reshape(shape)  # [kh, kw, c, out]
 
 
-conv2d.defvjp(_forward, _backward)
+conv2d.defvjp(_forward, _backward)  # pyright: ignore[reportFunctionMemberAccess]
