@@ -111,11 +111,13 @@ def vae(only: tuple[str, ...], repeats: int) -> dict[str, Any]:
 
     def encode_theirs() -> np.ndarray:
         with torch.inference_mode():
-            return (np.moveaxis(reference.encode(pixels).latent_dist.mode().numpy(), 1, -1) - mean) / std
+            encoded: Any = reference.encode(pixels)
+            return (np.moveaxis(encoded.latent_dist.mode().numpy(), 1, -1) - mean) / std
 
     def decode_theirs() -> np.ndarray:
         with torch.inference_mode():
-            return np.moveaxis(reference.decode(raw).sample.numpy(), 1, -1)
+            decoded: Any = reference.decode(raw)
+            return np.moveaxis(decoded.sample.numpy(), 1, -1)
 
     figures: dict[str, Any] = {}
     if "vae_encode" in only:
@@ -179,7 +181,8 @@ def decode_once(frames: int) -> tuple[float, float]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (Linux)
     video = jax.block_until_ready(compiled(vae, latents))
     grown = resident("VmHWM") - before - video.nbytes / 2**20
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20, grown
+    planned: Any = compiled.memory_analysis()
+    return planned.temp_size_in_bytes / 2**20, grown
 
 
 def resident(field: str) -> float:

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 
@@ -81,7 +81,7 @@ def initialize(
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    settings = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
+    settings: Any = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
     place = read_processes(coordinator, count, index)
     if place is None:
         try:

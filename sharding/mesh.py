@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -89,7 +89,7 @@ def sampling_mesh(num_devices: int, num_heads: int, guided: bool) -> MeshShape:
     return MeshShape(data=data, ring=num_devices // data // ulysses, ulysses=ulysses)
 
 
-def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh, laid out by topology: `ulysses` on the closest devices, `data` across slices.
 
     Args:

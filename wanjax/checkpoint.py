@@ -59,7 +59,8 @@ class Checkpoints:
         Raises:
           InputError: it is of another network, or damaged.
         """
-        step, wanted = self.latest, _by_path(abstract)
+        step: Any = self.latest
+        wanted = _by_path(abstract)
         try:
             stored = self._manager.item_metadata(step)["state"]
             shapes = {} if stored is None else {name: tuple(leaf.shape) for name, leaf in stored.items()}

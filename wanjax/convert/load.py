@@ -221,7 +221,7 @@ class _Placer:
     def _put(self, view: np.ndarray, dtype: DTypeLike, sharding: Sharding, reader: Reader) -> jax.Array:
         """A view into a file as an array on the devices, of which every host reads its own part only."""
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             part = copy(view[index], dtype, reader)
             jax.block_until_ready(self._last)  # transfers may not queue up: what waits for them is host memory
             return part

@@ -6,7 +6,7 @@ is one number, and a run that was saved on some hosts goes on with the very next
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -80,14 +80,14 @@ def make_batch(source: Source, start: int, size: int) -> Batch:
     def sharding(shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(mesh, activation_spec(shape, "batch", *(None,) * (len(shape) - 1)))
 
-    rows = sharding((size,)).addressable_devices_indices_map((size,)).values()
+    rows: Any = sharding((size,)).addressable_devices_indices_map((size,)).values()
     wanted = sorted({i for (part,) in rows for i in range(*part.indices(size))})
     samples = {i: source[start + i] for i in wanted}
 
     def assemble(*parts: np.ndarray) -> jax.Array:
         by_row = dict(zip(wanted, parts, strict=True))
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             return np.stack([by_row[i] for i in range(*index[0].indices(size))])
 
         shape = (size, *parts[0].shape)

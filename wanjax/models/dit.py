@@ -142,7 +142,7 @@ def rematerialised(step: Step, remat: Remat) -> Step:
         ),
     }[remat]
     # A scan's body cannot be merged with its own recomputation, so JAX need not guard against that.
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)  # pyright: ignore[reportReturnType]
 
 
 class Block(nnx.Module):
@@ -226,6 +226,8 @@ class CrossAttention(nnx.Module):
         """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
         k, v, k_image, v_image = (None if x is None else x.swapaxes(1, 2) for x in context)  # [b, l, n, d]
+        assert k is not None
+        assert v is not None
         y = local_attention(q, k, v)
         if k_image is not None and v_image is not None:
             y = y + local_attention(q, k_image, v_image)

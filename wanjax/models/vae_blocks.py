@@ -129,6 +129,7 @@ class Conv(nnx.Module):
         keep = kernel.shape[0] - self.time_stride
         skip = max(0, keep + 1 - f) if cache is None else 0  # taps of the first frames that meet nothing but zeros
         past = jnp.zeros((b, keep, h, w, c), x.dtype) if cache is None else cache
+        assert isinstance(past, jax.Array)
         x = jnp.concatenate([past, x], axis=1)  # [b, keep + f, h, w, c]
         y = conv(x[:, skip:], kernel[skip:], self.time_stride) + self.bias[...].astype(x.dtype)  # [b, f, h, w, out]
         return y, x[:, x.shape[1] - keep :]

@@ -103,7 +103,7 @@ def _blend(
         y = jax.lax.dynamic_slice(total, start, y.shape) + weight * y.astype(jnp.float32)
         return jax.lax.dynamic_update_slice(total, y, start), None
 
-    return jax.lax.scan(body, total, grid)[0].astype(result.dtype)
+    return jax.lax.scan(body, total, jnp.asarray(grid))[0].astype(result.dtype)
 
 
 def _axis(size: int, tile: int, overlap: int, scale: int) -> tuple[np.ndarray, np.ndarray]:

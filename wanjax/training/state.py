@@ -95,7 +95,7 @@ def _sharded(make: Any, specs: Any) -> Any:
     return jax.sharding.auto_axes(make, out_sharding=specs)
 
 
-def _make(config: TrainConfig, model: DiT) -> TrainState:
+def _make(config: TrainConfig, model: Any) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(config.seed, jnp.int32),

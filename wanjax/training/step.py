@@ -53,8 +53,9 @@ def train_step(config: TrainConfig, state: TrainState, batch: Batch) -> tuple[Tr
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
     grads = jax.tree.map(lambda g: clip * g, grads)
-    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, state.model)
-    model = optax.apply_updates(state.model, updates)
+    model: Any = state.model  # optax's types do not know modules
+    updates, optimizer = make_optimizer(config).update(grads, state.optimizer, model)
+    model = optax.apply_updates(model, updates)
     new = TrainState(state.step + 1, state.seed, model, optimizer)
     return jax.tree.map(functools.partial(jnp.where, finite), new, state), Metrics(loss, norm, finite)
 

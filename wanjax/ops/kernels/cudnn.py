@@ -6,6 +6,8 @@ and does not take one for the backward pass. So this calls what lies under it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -37,7 +39,8 @@ def backward(q, k, v, valid, lse, delta, dout) -> Gradients:
     out = (dout32 * ratio[..., None]).astype(q.dtype)  # [b, n, lq, d]
     operands, options = arguments(q, valid)
     dout = dout.astype(q.dtype)  # cuDNN wants one dtype
-    grads = cudnn._dot_product_attention_bwd_impl(q, k, v, *operands, lse, out, dout, **options)
+    run: Any = cudnn._dot_product_attention_bwd_impl
+    grads = run(q, k, v, *operands, lse, out, dout, **options)
     dq, dk, dv = (g.astype(jnp.float32) for g in grads)
     if valid is None:
         return dq, dk, dv

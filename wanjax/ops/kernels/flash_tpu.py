@@ -32,7 +32,7 @@ UNIT_QUERIES, UNIT_KEYS = 512, 256
 VMEM_BYTES = 56 * 2**20  # a core of tpu7x has 64 MiB, the others more
 DQ_BYTES = 16 * 2**20  # of the backward pass's gradient of the queries, which stays in VMEM twice
 
-Unit = tuple[pl.Slice, Any, Any]  # queries; first key; how many of the keys from there count, or None for all
+Unit = tuple[Any, Any, Any]  # queries; first key; how many of the keys from there count, or None for all
 
 
 def pipeline(
@@ -60,14 +60,16 @@ def for_units(queries: int, keys: int, unit_keys: int, valid: jax.Array, run: Ca
 
     @pl.when(valid == keys)
     def _() -> None:
-        run([(c, start, None) for start in range(0, keys, unit_keys) for c in columns])
+        units: list[Unit] = [(c, start, None) for start in range(0, keys, unit_keys) for c in columns]
+        run(units)
 
     @pl.when(valid < keys)
     def _() -> None:
         @pl.loop(0, jax.lax.div(valid + unit_keys - 1, unit_keys))
         def _(i: jax.Array) -> None:
             start = pl.multiple_of(i * unit_keys, unit_keys)
-            run([(c, start, valid - start) for c in columns])
+            units: list[Unit] = [(c, start, valid - start) for c in columns]
+            run(units)
 
 
 def forward_kernel(valid_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, sum_ref, top_ref, total_ref, *, unit_keys: int):
@@ -300,5 +302,5 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 def compiler_params(queries_or_keys: str) -> pltpu.CompilerParams:
     """Heads in any order, the last axis of the grid in sequence."""
-    semantics = ("parallel", queries_or_keys, "arbitrary")
+    semantics: Any = ("parallel", queries_or_keys, "arbitrary")
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES)
