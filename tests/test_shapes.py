@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from wanjax.data.shapes import VOCABULARY, Shapes, caption, draw_scene, render
+from wanjax.data.shapes import VOCABULARY, Shapes, caption, describe, draw_scene, render
 from wanjax.errors import InputError
 
 
@@ -66,6 +66,35 @@ def test_fine_clips_are_the_different_ones_drawn_better():
     assert different.caption == fine.caption
     assert psnr(different.video, fine.video) > 30
     assert not np.array_equal(different.video, fine.video)
+
+
+def test_only_the_words_for_the_way_differ():
+    """The three ways between the same ends: every one its own caption, and its own middle frame."""
+    scene = next(s for s in map(draw_scene, range(100)) if s.figures[0].verb == "moves")
+    versions = [scene._replace(figures=(scene.figures[0]._replace(bend=bend),)) for bend in (-1, 0, 1)]
+    assert len({describe(version) for version in versions}) == 3
+    middles = [render(version, 3, 64)[1] for version in versions]
+    assert all(psnr(middles[i], middles[j]) < 25 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_centres_stay_inside_whichever_way_they_bend():
+    figures = [figure for seed in range(60) for figure in draw_scene(seed, "different").figures]
+    for figure in figures:
+        ends = np.array([figure.start, figure.end])
+        height = 0.32 * abs(ends[1, figure.axis] - ends[0, figure.axis])
+        across = ends[:, 1 - figure.axis].mean()
+        assert np.all((ends > 0.12) & (ends < 0.88))
+        assert across - height > 0.1
+        assert across + height < 0.9
+
+
+def test_end_and_other_sizes():
+    clips = Shapes(0, 3, frames=5, size=48)
+    assert len(clips) == 3
+    assert clips[2].video.shape == (5, 48, 48, 3)
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            clips[index]
 
 
 @pytest.mark.parametrize(
