@@ -17,6 +17,8 @@ from jax.typing import DTypeLike
 from wanjax.errors import InputError
 
 T = TypeVar("T")
+Attention = Literal["auto", "reference", "flash", "int8fp8"]
+"""Which kernel self-attention takes; see `wanjax.ops.attention.kernel`."""
 
 # Statistics of the 16 latent channels of the published Wan2.1 VAE (Wan2.1 `wan/modules/vae.py`).
 # fmt: off
@@ -32,7 +34,9 @@ class DiTConfig:
     """Wan2.1 diffusion transformer. The defaults are FLF2V-14B.
 
     `image_dim` is the width of the CLIP features (None: no image branch, t2v); `image_positions` the length of the
-    learned position embedding over the image tokens of both frames (0: none, i2v).
+    learned position embedding over the image tokens of both frames (0: none, i2v). `quantize` is the format that the
+    blocks' matrices are stored and multiplied in: of all blocks, or of those from `quantized_layers[0]` to before
+    `quantized_layers[1]`.
     """
 
     dim: int = 5120
@@ -48,8 +52,20 @@ class DiTConfig:
     image_dim: int | None = 1280
     image_positions: int = 514
     eps: float = 1e-6
+    attention: Attention = "auto"
+    quantize: Literal["off", "fp8", "int8"] = "off"
+    quantized_layers: tuple[int, int] | None = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def stacks(self) -> tuple[tuple[int, int, bool], ...]:
+        """Runs of blocks of one kind: the first, the one behind the last, and whether they are quantised."""
+        first, stop = self.quantized_layers or (0, self.num_layers)
+        runs = ((0, first, False), (first, stop, True), (stop, self.num_layers, False))
+        return (
+            tuple(run for run in runs if run[0] < run[1]) if self.quantize != "off" else ((0, self.num_layers, False),)
+        )
 
     @property
     def head_dim(self) -> int:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from wanjax.config import DiTConfig
-from wanjax.convert.mapping import CONV3D, DIFFUSERS_VERSION, Network, Shape, Table, Transform, layer, norm, weight
+from wanjax.convert.mapping import (
+    CONV3D,
+    DIFFUSERS_VERSION,
+    Network,
+    Shape,
+    Table,
+    Transform,
+    layer,
+    norm,
+    projection,
+    weight,
+)
+from wanjax.convert.tensors import TensorInfo
 from wanjax.errors import InputError
+from wanjax.ops.quantized import DTYPES
 
 LEADING1 = Transform(drop=(0,))  # [1, n, e] -> [n, e]
 
@@ -25,24 +40,24 @@ DIFFUSERS = Table((
     *layer("condition_embedder.image_embedder.ff.net.2", "image_embedding.fc_out"),
     *norm("condition_embedder.image_embedder.norm2", "image_embedding.norm_out", bias=True),
     *weight("condition_embedder.image_embedder.pos_embed", "image_embedding.positions", LEADING1),
-    *layer("blocks.{i}.attn1.to_q", "blocks.self_attention.q"),
-    *layer("blocks.{i}.attn1.to_k", "blocks.self_attention.k"),
-    *layer("blocks.{i}.attn1.to_v", "blocks.self_attention.v"),
-    *layer("blocks.{i}.attn1.to_out.0", "blocks.self_attention.o"),
+    *projection("blocks.{i}.attn1.to_q", "blocks.self_attention.q"),
+    *projection("blocks.{i}.attn1.to_k", "blocks.self_attention.k"),
+    *projection("blocks.{i}.attn1.to_v", "blocks.self_attention.v"),
+    *projection("blocks.{i}.attn1.to_out.0", "blocks.self_attention.o"),
     *norm("blocks.{i}.attn1.norm_q", "blocks.self_attention.norm_q"),
     *norm("blocks.{i}.attn1.norm_k", "blocks.self_attention.norm_k"),
     *norm("blocks.{i}.norm2", "blocks.norm_cross", bias=True),
-    *layer("blocks.{i}.attn2.to_q", "blocks.cross_attention.q"),
-    *layer("blocks.{i}.attn2.to_k", "blocks.cross_attention.k"),
-    *layer("blocks.{i}.attn2.to_v", "blocks.cross_attention.v"),
-    *layer("blocks.{i}.attn2.to_out.0", "blocks.cross_attention.o"),
+    *projection("blocks.{i}.attn2.to_q", "blocks.cross_attention.q"),
+    *projection("blocks.{i}.attn2.to_k", "blocks.cross_attention.k"),
+    *projection("blocks.{i}.attn2.to_v", "blocks.cross_attention.v"),
+    *projection("blocks.{i}.attn2.to_out.0", "blocks.cross_attention.o"),
     *norm("blocks.{i}.attn2.norm_q", "blocks.cross_attention.norm_q"),
     *norm("blocks.{i}.attn2.norm_k", "blocks.cross_attention.norm_k"),
-    *layer("blocks.{i}.attn2.add_k_proj", "blocks.cross_attention.k_image"),
-    *layer("blocks.{i}.attn2.add_v_proj", "blocks.cross_attention.v_image"),
+    *projection("blocks.{i}.attn2.add_k_proj", "blocks.cross_attention.k_image"),
+    *projection("blocks.{i}.attn2.add_v_proj", "blocks.cross_attention.v_image"),
     *norm("blocks.{i}.attn2.norm_added_k", "blocks.cross_attention.norm_k_image"),
-    *layer("blocks.{i}.ffn.net.0.proj", "blocks.ffn.fc_in"),
-    *layer("blocks.{i}.ffn.net.2", "blocks.ffn.fc_out"),
+    *projection("blocks.{i}.ffn.net.0.proj", "blocks.ffn.fc_in"),
+    *projection("blocks.{i}.ffn.net.2", "blocks.ffn.fc_out"),
     *weight("blocks.{i}.scale_shift_table", "blocks.modulation", LEADING1),
     *weight("scale_shift_table", "head.modulation", LEADING1),
     *layer("proj_out", "head.linear"),
@@ -60,24 +75,24 @@ OFFICIAL = Table((
     *layer("img_emb.proj.3", "image_embedding.fc_out"),
     *norm("img_emb.proj.4", "image_embedding.norm_out", bias=True),
     *weight("img_emb.emb_pos", "image_embedding.positions", LEADING1),
-    *layer("blocks.{i}.self_attn.q", "blocks.self_attention.q"),
-    *layer("blocks.{i}.self_attn.k", "blocks.self_attention.k"),
-    *layer("blocks.{i}.self_attn.v", "blocks.self_attention.v"),
-    *layer("blocks.{i}.self_attn.o", "blocks.self_attention.o"),
+    *projection("blocks.{i}.self_attn.q", "blocks.self_attention.q"),
+    *projection("blocks.{i}.self_attn.k", "blocks.self_attention.k"),
+    *projection("blocks.{i}.self_attn.v", "blocks.self_attention.v"),
+    *projection("blocks.{i}.self_attn.o", "blocks.self_attention.o"),
     *norm("blocks.{i}.self_attn.norm_q", "blocks.self_attention.norm_q"),
     *norm("blocks.{i}.self_attn.norm_k", "blocks.self_attention.norm_k"),
     *norm("blocks.{i}.norm3", "blocks.norm_cross", bias=True),
-    *layer("blocks.{i}.cross_attn.q", "blocks.cross_attention.q"),
-    *layer("blocks.{i}.cross_attn.k", "blocks.cross_attention.k"),
-    *layer("blocks.{i}.cross_attn.v", "blocks.cross_attention.v"),
-    *layer("blocks.{i}.cross_attn.o", "blocks.cross_attention.o"),
+    *projection("blocks.{i}.cross_attn.q", "blocks.cross_attention.q"),
+    *projection("blocks.{i}.cross_attn.k", "blocks.cross_attention.k"),
+    *projection("blocks.{i}.cross_attn.v", "blocks.cross_attention.v"),
+    *projection("blocks.{i}.cross_attn.o", "blocks.cross_attention.o"),
     *norm("blocks.{i}.cross_attn.norm_q", "blocks.cross_attention.norm_q"),
     *norm("blocks.{i}.cross_attn.norm_k", "blocks.cross_attention.norm_k"),
-    *layer("blocks.{i}.cross_attn.k_img", "blocks.cross_attention.k_image"),
-    *layer("blocks.{i}.cross_attn.v_img", "blocks.cross_attention.v_image"),
+    *projection("blocks.{i}.cross_attn.k_img", "blocks.cross_attention.k_image"),
+    *projection("blocks.{i}.cross_attn.v_img", "blocks.cross_attention.v_image"),
     *norm("blocks.{i}.cross_attn.norm_k_img", "blocks.cross_attention.norm_k_image"),
-    *layer("blocks.{i}.ffn.0", "blocks.ffn.fc_in"),
-    *layer("blocks.{i}.ffn.2", "blocks.ffn.fc_out"),
+    *projection("blocks.{i}.ffn.0", "blocks.ffn.fc_in"),
+    *projection("blocks.{i}.ffn.2", "blocks.ffn.fc_out"),
     *weight("blocks.{i}.modulation", "blocks.modulation", LEADING1),
     *weight("head.modulation", "head.modulation", LEADING1),
     *layer("head.head", "head.linear"),
@@ -129,6 +144,18 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
         image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
         eps=settings["eps"],
     )
+
+
+def read_quantization(infos: Mapping[str, TensorInfo], num_layers: int) -> dict[str, Any]:
+    """What `DiTConfig` says of quantisation, from the tensors: those with a scale beside them are quantised."""
+    kernels = {key: infos.get(key.removesuffix("scale") + "weight") for key in infos if key.endswith(".scale")}
+    layers = {int(found[1]) for key in kernels if (found := re.search(r"\bblocks\.(\d+)\.", key))}
+    dtypes = {info.dtype for info in kernels.values() if info}
+    formats = [name for name, dtype in DTYPES.items() if dtypes == {np.dtype(dtype)}]
+    if not layers or not formats:
+        return {"quantize": "off", "quantized_layers": None}
+    span = (min(layers), max(layers) + 1)
+    return {"quantize": formats[0], "quantized_layers": None if span == (0, num_layers) else span}
 
 
 def write_diffusers(config: DiTConfig) -> dict[str, Any]:

@@ -15,11 +15,14 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
+from wanjax.config import DiTConfig
+from wanjax.convert.dit import read_quantization
 from wanjax.convert.extra import Extra
 from wanjax.convert.layouts import NETWORKS, TOKENIZER, Settings, Shapes, Weights, detect, network_place, tensor_files
 from wanjax.convert.mapping import Entry, LayoutName, NetworkName, Shape, expand, match
 from wanjax.convert.tensors import Reader, TensorFile, copy
 from wanjax.errors import InputError
+from wanjax.ops.quantized import Format, quantize_weight
 
 ChooseSharding = Callable[[tuple[str, ...], nnx.Param], Sharding]
 
@@ -75,6 +78,8 @@ class Checkpoint:
         numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
         try:
             config = NETWORKS[network].read[self.layout](self._settings(network), self._shapes(network))
+            if network == "dit":
+                config = dataclasses.replace(config, **self._quantization(config.num_layers))
             return _checked(dataclasses.replace(config, **numbers, dtype=dtype, param_dtype=param_dtype))
         except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
             if isinstance(error, InputError):
@@ -97,7 +102,7 @@ class Checkpoint:
 
         Args:
           network: "dit", "vae", "umt5" or "clip".
-          config: from `config`, perhaps with other dtypes.
+          config: from `config`, perhaps with other dtypes, or quantised: each weight then is, as soon as it is read.
           sharding: says where a parameter goes, given its path and its abstract value; the leading axis of stacked
             layers must stay whole. None: a copy on every device of the ambient mesh, or on the default device where
             there is no mesh.
@@ -108,7 +113,9 @@ class Checkpoint:
         abstract = abstract_model(network, config)
         leaves = parameters(abstract)
         matched = self.match(network, config)
-        placer = _Placer(leaves, sharding or _replicated)
+        filled = {slot.path for entry in matched.values() for slot in entry.slots}
+        scales = {path for path in leaves if path.endswith("kernel_scale")} - filled
+        placer = _Placer(leaves, sharding or _replicated, config.quantize if scales else None)
         for file in self.weights(network).files:
             placer.place_file(file, matched)
         values = [leaf.replace(placer.values[path]) for path, leaf in leaves.items()]
@@ -129,11 +136,31 @@ class Checkpoint:
         """Which tensor of the files fills which parameter; see `mapping.match`."""
         table = NETWORKS[network].tables[self.layout]
         weights = self.weights(network)
-        entries = expand(table, parameter_shapes(network, config), config)
+        shapes = parameter_shapes(network, config)
+        quantised = network == "dit" and self._check_quantization(config) != "off"
+        if not quantised:  # it has no scales: `load` finds them
+            shapes = {path: shape for path, shape in shapes.items() if not path.endswith("kernel_scale")}
+        entries = expand(table, shapes, config)
         for key, info in weights.items():
-            if not table.is_unused(table.bare_name(key)) and not jnp.issubdtype(info.dtype, jnp.floating):
+            known = jnp.issubdtype(info.dtype, jnp.floating) or (quantised and info.dtype == jnp.int8)
+            if not table.is_unused(table.bare_name(key)) and not known:
                 raise InputError(f"{weights.where} has {key} as {info.dtype}; give a checkpoint that is not quantised.")
         return match(table, entries, {key: info.shape for key, info in weights.items()}, str(weights.where))
+
+    def _quantization(self, num_layers: int) -> dict[str, Any]:
+        place = network_place(self.path, self.layout, "dit")
+        return read_quantization(dict(self.weights("dit").items()) if tensor_files(*place) else {}, num_layers)
+
+    def _check_quantization(self, config: DiTConfig) -> str:
+        """The format of the stored DiT, which is that of `config` or "off"."""
+        stored = self._quantization(config.num_layers)
+        format = stored["quantize"]
+        if format != "off" and (format, stored["quantized_layers"]) != (config.quantize, config.quantized_layers):
+            raise InputError(
+                f"{self.path} is quantised to {format}, which can be loaded as it is only, not as {config.quantize}; "
+                "ask for no other format, or give the checkpoint that it was made of"
+            )
+        return format
 
     def _require(self, network: NetworkName) -> None:
         if not self.has(network):
@@ -195,9 +222,10 @@ def _replicated(path: tuple[str, ...], leaf: nnx.Param) -> Sharding:
 class _Placer:
     """Collects parameters on the devices; those of stacked layers are written into one buffer layer by layer."""
 
-    def __init__(self, leaves: Mapping[str, Any], sharding: ChooseSharding):
+    def __init__(self, leaves: Mapping[str, Any], sharding: ChooseSharding, quantize: Format | None):
         self.values: dict[str, jax.Array] = {}
         self._leaves = leaves
+        self._quantize: Format | None = quantize
         self._sharding = {path: sharding(tuple(path.split(".")), leaf) for path, leaf in leaves.items()}
         self._last: jax.Array | None = None
 
@@ -213,10 +241,20 @@ class _Placer:
             if slot.layer is None:
                 self.values[slot.path] = self._put(view, leaf.dtype, sharding, reader)
                 continue
-            if slot.path not in self.values:
-                self.values[slot.path] = _zeros(leaf.shape, leaf.dtype, sharding)
-            layer = self._put(view, leaf.dtype, _of_layer(sharding), reader)
-            self.values[slot.path] = _insert(self.values[slot.path], layer, slot.layer)
+            scale_path = f"{slot.path}_scale"
+            if self._quantize and scale_path in self._leaves:
+                kernel = self._put(view, view.dtype, _of_layer(sharding), reader)
+                layer, scale = _quantized(kernel, self._quantize)
+                self._insert(scale_path, scale, slot.layer)
+            else:
+                layer = self._put(view, leaf.dtype, _of_layer(sharding), reader)
+            self._insert(slot.path, layer, slot.layer)
+
+    def _insert(self, path: str, layer: jax.Array, index: int) -> None:
+        if path not in self.values:
+            leaf = self._leaves[path]
+            self.values[path] = _zeros(leaf.shape, leaf.dtype, self._sharding[path])
+        self.values[path] = _insert(self.values[path], layer, index)
 
     def _put(self, view: np.ndarray, dtype: DTypeLike, sharding: Sharding, reader: Reader) -> jax.Array:
         """A view into a file as an array on the devices, of which every host reads its own part only."""
@@ -247,3 +285,6 @@ def _zeros(shape: Shape, dtype: DTypeLike, sharding: Sharding) -> jax.Array:
 def _insert(stack: jax.Array, layer: jax.Array, index: jax.Array | int) -> jax.Array:
     """Writes a layer into the stack, in place."""
     return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+
+
+_quantized = jax.jit(quantize_weight, static_argnums=1)

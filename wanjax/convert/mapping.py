@@ -8,6 +8,7 @@ where it has not, the layers are stacked and the tensor is one slice of the para
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -70,6 +71,11 @@ def layer(key: str, path: str, transform: Transform = LINEAR, bias: bool = True)
     """`weight` and `bias` of a linear or convolution layer."""
     rules = (Rule(f"{key}.weight", (f"{path}.kernel",), transform),)
     return (*rules, Rule(f"{key}.bias", (f"{path}.bias",), SAME)) if bias else rules
+
+
+def projection(key: str, path: str) -> tuple[Rule, ...]:
+    """A linear layer that may be quantised; `scale`, a scalar, is then beside `weight`."""
+    return (*layer(key, path), Rule(f"{key}.scale", (f"{path}.kernel_scale",), SAME))
 
 
 def norm(key: str, path: str, bias: bool = False) -> tuple[Rule, ...]:
@@ -173,11 +179,28 @@ def _slots(rule: Rule, shapes: Mapping[str, Shape]) -> Iterable[tuple[int | None
         for i in sorted(int(m[1]) for m in map(pattern.fullmatch, shapes) if m):
             paths = [path.format(i=i) for path in rule.paths]
             yield i, tuple(Slot(path, None, shapes[path]) for path in paths)
-    elif rule.paths[0] in shapes and "{" in rule.key:
-        for i in range(shapes[rule.paths[0]][0]):
-            yield i, tuple(Slot(path, i, shapes[path][1:]) for path in rule.paths)
+    elif "{" in rule.key:
+        yield from _layers(rule, shapes)
     elif rule.paths[0] in shapes:
         yield None, tuple(Slot(path, None, shapes[path]) for path in rule.paths)
+
+
+def _layers(rule: Rule, shapes: Mapping[str, Shape]) -> Iterable[tuple[int, tuple[Slot, ...]]]:
+    """The layers that have a stacked parameter, which is one or, for layers of several kinds, a list of stacks."""
+    if rule.paths[0] in shapes:
+        for i in range(shapes[rule.paths[0]][0]):
+            yield i, tuple(Slot(path, i, shapes[path][1:]) for path in rule.paths)
+        return
+    first = 0
+    for n in itertools.count():
+        paths = [path.replace(".", f".{n}.", 1) for path in rule.paths]
+        stack = paths[0][: paths[0].index(".") + len(f".{n}.")]
+        count = next((shape[0] for path, shape in shapes.items() if path.startswith(stack)), 0)
+        if count == 0:
+            return
+        for i in range(count if paths[0] in shapes else 0):
+            yield first + i, tuple(Slot(path, i, shapes[path][1:]) for path in paths)
+        first += count
 
 
 def _check_covered(entries: Mapping[str, Entry], shapes: Mapping[str, Shape]) -> None:

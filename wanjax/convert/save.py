@@ -25,6 +25,7 @@ from wanjax.convert.write import write_json, write_pth, write_safetensors, write
 from wanjax.errors import InputError
 
 Say = Callable[[str], None]
+CHOICES = ("dtype", "param_dtype", "attention")  # of a configuration: not what a checkpoint is, but how it is used
 # Files that are no tensors and no tokenizer, by layout: kept whole.
 COMPANIONS = {
     "official": ("config.json", "xlm-roberta-large"),
@@ -270,7 +271,7 @@ class _Writer:
         written = Checkpoint(self.folder)
         for name, source in self.sources.items():
             there, given = (dataclasses.asdict(config) for config in (written.config(name), source.config))
-            wrong = {key: x for key, x in given.items() if x != there[key] and key not in ("dtype", "param_dtype")}
+            wrong = {key: x for key, x in given.items() if x != there[key] and key not in CHOICES}
             self.extra.numbers |= {name: wrong} if wrong else {}
         if folder.is_dir() or self.extra != Extra(self.origin):
             self.extra.write(self.folder)

@@ -10,6 +10,7 @@ cross-attention between them. Text and image are attended to separately with the
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -23,8 +24,9 @@ from sharding.mesh import current_shape
 from sharding.rules import constrain, gather, reshape
 from sharding.ulysses import sequence_attention
 from wanjax.config import DiTConfig, Remat
-from wanjax.models.layers import LayerNorm, Linear, RMSNorm, normalize, stack, xavier, zeros
+from wanjax.models.layers import LayerNorm, Linear, QuantizedLinear, RMSNorm, normalize, scan, stack, xavier, zeros
 from wanjax.models.rope import Rotation, make_rotation, rotate
+from wanjax.ops.quantized import Format
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 normal = jax.nn.initializers.normal(0.02)
@@ -54,7 +56,13 @@ class DiT(nnx.Module):
         self.time_embedding = MLP(c.freq_dim, c.dim, c.dim, rngs, param_dtype=jnp.float32, init=normal)
         self.time_projection = Linear(c.dim, 6 * c.dim, rngs, axes=("embed", "mlp"), param_dtype=c.param_dtype)
         self.image_embedding = ImageEmbedding(c, rngs) if c.image_dim is not None else None
-        self.blocks = stack(lambda rngs: Block(c, rngs), c.num_layers, rngs)
+
+        def make(rngs: nnx.Rngs, in_8_bits: bool) -> Block:
+            block = Block(c, rngs)
+            return quantized(block, c.quantize) if in_8_bits and c.quantize != "off" else block
+
+        stacks = [stack(partial(make, in_8_bits=kind), stop - first, rngs) for first, stop, kind in c.stacks]
+        self.blocks = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
         self.head = Head(c, rngs)
 
     def context(self, text: jax.Array, image: jax.Array | None = None, remat: Remat = "none") -> Context:
@@ -75,18 +83,24 @@ class DiT(nnx.Module):
             features = constrain(image.astype(self.config.dtype), "batch", None, None)
             image_tokens = self.image_embedding(features)  # [b, l, e]
 
-        def project(_: None, block: Block) -> tuple[None, Context]:
-            return None, block.cross_attention.context(text_tokens, image_tokens)
+        def project(_: None, layer: tuple[Block, None]) -> tuple[None, Context]:
+            return None, layer[0].cross_attention.context(text_tokens, image_tokens)
 
-        return jax.lax.scan(rematerialised(project, remat), None, self.blocks)[1]
+        return scan(rematerialised(project, remat), None, self.stacks)[1]
+
+    @property
+    def stacks(self) -> tuple[Block, ...]:
+        """All blocks, those of one kind stacked: one stack, unless only some are quantised."""
+        return (self.blocks,) if isinstance(self.blocks, Block) else tuple(self.blocks)
 
     def without_context(self) -> DiT:
         """The same network without the weights that only `context()` needs, which are a quarter of all."""
         dit = nnx.merge(*nnx.split(self))  # another tree of the same arrays
         for name in ("text_embedding", "image_embedding"):
             setattr(dit, name, None)
-        for name in ("k", "v", "norm_k", "k_image", "v_image", "norm_k_image"):
-            setattr(dit.blocks.cross_attention, name, None)
+        for blocks in dit.stacks:
+            for name in ("k", "v", "norm_k", "k_image", "v_image", "norm_k_image"):
+                setattr(blocks.cross_attention, name, None)
         return dit
 
     def __call__(self, latents: jax.Array, timestep: jax.Array, context: Context, remat: Remat = "none") -> jax.Array:
@@ -112,7 +126,7 @@ class DiT(nnx.Module):
             x = checkpoint_name(x, "block_input")
             return block(x, modulation, rotation, block_context), None
 
-        x, _ = jax.lax.scan(rematerialised(step, remat), x, (self.blocks, context))
+        x, _ = scan(rematerialised(step, remat), x, self.stacks, context)
         velocity = constrain(self.head(x, time), "batch", None, None)[:, : rotation.length]
         return unpatchify(velocity, grid, c.patch_size)  # [b, f, h, w, c]
 
@@ -167,6 +181,15 @@ class Block(nnx.Module):
         x = x + self.cross_attention(self.norm_cross(x), context)
         y = self.ffn(modulate(x, shift_ffn, scale_ffn, self.eps), jax.nn.gelu)
         return add_gated(x, y, gate_ffn)
+
+
+def quantized(block: Block, format: Format) -> Block:
+    """`block` itself, its matrices quantised."""
+    for part in (block.self_attention, block.cross_attention, block.ffn):
+        for name, layer in list(vars(part).items()):
+            if isinstance(layer, Linear):
+                setattr(part, name, QuantizedLinear(layer, format))
+    return block
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

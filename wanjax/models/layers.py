@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from sharding.rules import gather
+from wanjax.ops.quantized import Format, matmul, quantize_weight
 
 M = TypeVar("M", bound=nnx.Module)
 Axes = tuple[str | None, ...]
@@ -52,6 +53,28 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + gather(self.bias[...].astype(x.dtype))
 
 
+class QuantizedLinear(nnx.Module):
+    """A `Linear` whose kernel is stored, gathered and multiplied in 8 bits; it has no gradient.
+
+    Kernel int8 or float8 `[in, out]`, its scale a float32 scalar, bias `[out]`; see `wanjax.ops.quantized`.
+    """
+
+    def __init__(self, linear: Linear, format: Format):
+        kernel, scale = quantize_weight(linear.kernel[...], format)
+        self.kernel = linear.kernel.replace(kernel)
+        self.kernel_scale = nnx.Param(scale, axes=())
+        self.bias = linear.bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[.., in]` -> `[.., out]`."""
+        kernel = self.kernel[...]
+        # Travels as bits: where a device has no fp8, XLA would send 16 of them.
+        bits = gather(jax.lax.bitcast_convert_type(kernel, jnp.int8))
+        y = matmul(x, jax.lax.bitcast_convert_type(bits, kernel.dtype), gather(self.kernel_scale[...]))  # [.., out]
+        y = y if self.bias is None else y + gather(self.bias[...]).astype(jnp.float32)
+        return y.astype(x.dtype)  # once, behind the scales and the bias
+
+
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32, returned in the dtype of `x`."""
 
@@ -90,3 +113,21 @@ def stack(make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
     """`num_layers` modules as one whose parameters have a leading layer axis, ready for `jax.lax.scan`."""
     keys = jax.random.split(rngs.params(), num_layers)
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+
+
+def scan(step: Callable[..., Any], carry: Any, stacks: Sequence[nnx.Module], xs: Any = None) -> tuple[Any, Any]:
+    """`jax.lax.scan` of `step(carry, (module, x))` over the layers of one or several stacks, one after the other."""
+    if len(stacks) == 1:
+        return jax.lax.scan(step, carry, (stacks[0], xs))
+
+    def indexed(carry: Any, layer: tuple[nnx.Module, jax.Array]) -> tuple[Any, Any]:
+        module, i = layer  # a part of xs for each scan would be a copy
+        return step(carry, (module, jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), xs)))
+
+    first, results = 0, []
+    for modules in stacks:
+        count = len(jax.tree.leaves(modules)[0])
+        carry, ys = jax.lax.scan(indexed, carry, (modules, jnp.arange(first, first + count)))
+        first += count
+        results.append(ys)
+    return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *results)

@@ -36,6 +36,11 @@ def network(config: TrainConfig) -> DiTConfig:
                 f"checkpoint {config.checkpoint} has {field.name} {theirs}, the config's dit {ours}; the same network "
                 "is needed; give another --checkpoint, or a config without dit"
             )
+    if dit.quantize != "off":
+        raise InputError(
+            f"checkpoint {config.checkpoint} is quantised to {dit.quantize}, which has no gradient; full weights are "
+            "needed; give the checkpoint that it was made of"
+        )
     checkpoint.check("dit", dit)
     return dit
 

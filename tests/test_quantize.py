@@ -1,0 +1,135 @@
+"""Blocks in 8 bits: as exact as the formats allow, half the bytes, saved and loaded, sharded."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_convert import GOLDEN, assert_same_model
+from test_dit import load, official_inputs, velocity
+
+from sharding.mesh import MeshShape, make_mesh
+from sharding.rules import parameter_sharding
+from wanjax.config import DiTConfig, TrainConfig
+from wanjax.convert import Checkpoint, convert, save
+from wanjax.errors import InputError
+from wanjax.models.dit import DiT
+from wanjax.ops.quantized import DTYPES, matmul, quantize_weight
+from wanjax.quantize import quantize
+from wanjax.training import plan
+
+CASES = [("fp8", None), ("int8", (1, 2))]
+
+
+def error(got, expected):
+    return np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("shape", [(5120, 5120), (5120, 13824)], ids=str)
+def test_error_at_the_shapes_of_14b(shape):
+    """Gaussian weights and activations, the latter of very different sizes from token to token."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal(shape, np.float32))
+    x = rng.standard_normal((4, shape[0]), np.float32) * np.float32([[1e-3], [1], [30], [1]])
+    expected = np.asarray(x @ kernel)
+    for format, limit in (("fp8", 0.04), ("int8", 0.015)):
+        stored, scale = jax.jit(quantize_weight, static_argnums=1)(kernel, format)
+        assert stored.dtype == DTYPES[format]
+        assert scale.dtype == jnp.float32
+        for got, wanted in zip(jax.jit(matmul)(x, stored, scale), expected, strict=True):
+            assert error(got, wanted) <= limit
+
+
+@pytest.mark.parametrize("format", DTYPES)
+def test_zeros_and_the_largest_number(format):
+    kernel = np.float32([[0, 1], [-3, 2]])
+    stored, scale = quantize_weight(kernel, format)
+    assert np.all(np.abs(np.asarray(stored, np.float32)) <= {"fp8": 448, "int8": 127}[format])
+    out = matmul(jnp.float32([[0, 0], [3e38, -3e38]]), stored, scale)
+    np.testing.assert_array_equal(out[0], 0)
+    assert np.all(np.isfinite(matmul(jnp.float32([[3e30, -1e30]]), stored, scale)))
+    assert not np.any(quantize_weight(np.zeros((2, 2), np.float32), format)[0].astype(jnp.float32))
+
+
+@pytest.mark.parametrize("format", DTYPES)
+def test_bytes_of_the_blocks_are_halved(format):
+    def size(**changes):
+        config = dataclasses.replace(DiTConfig(param_dtype=jnp.bfloat16), **changes)
+        return sum(
+            x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: DiT(config, nnx.Rngs(0))).blocks)
+        )
+
+    full = size()
+    assert 0.5 < size(quantize=format) / full < 0.501
+    assert abs(size(quantize=format, quantized_layers=(1, 39)) / full - (2 + 38 / 2) / 40) < 0.001
+
+
+@pytest.mark.parametrize(("format", "layers"), CASES)
+def test_velocity_stays_close(format, layers):
+    dit, expected = load("official")
+    latents, text, image = official_inputs(expected)
+    timestep = expected["dit_t"].astype(np.float32)
+    exact = velocity(dit, latents, timestep, text, image)
+    smaller = quantize(dit, format, layers)
+    assert 0 < error(velocity(smaller, latents, timestep, text, image), exact) < 0.06
+    shapes = [jax.eval_shape(lambda m: m.context(text, image), m) for m in (dit, smaller)]
+    assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
+    out = jax.eval_shape(lambda m, c: m.without_context()(latents, timestep, c), smaller, shapes[1])
+    assert out.shape == exact.shape
+    assert dit.config.quantize == "off"
+
+
+@pytest.mark.parametrize(("format", "layers"), CASES)
+def test_save_and_load(format, layers, tmp_path):
+    base = Checkpoint(GOLDEN / "official")
+    model = quantize(load("official")[0], format, layers)
+    save(tmp_path / "a", "diffusers", {"dit": model}, base=base)
+    new = Checkpoint(tmp_path / "a")
+    assert new.config("dit") == model.config
+    assert_same_model(new.load("dit", new.config("dit")), model)
+    if layers:
+        convert(tmp_path / "a", tmp_path / "b", "official", pth=False)
+        assert_same_model(Checkpoint(tmp_path / "b").load("dit", model.config), model)
+    # Quantised while it is read: the same.
+    assert_same_model(base.load("dit", model.config), model)
+
+
+@pytest.mark.parametrize(("format", "layers"), CASES)
+def test_on_a_mesh(format, layers):
+    checkpoint = Checkpoint(GOLDEN / "official")
+    config = dataclasses.replace(checkpoint.config("dit"), quantize=format, quantized_layers=layers)
+    expected = load("official")[1]
+    inputs = official_inputs(expected)
+    timestep = expected["dit_t"].astype(np.float32)
+    dit = checkpoint.load("dit", config)
+    one = velocity(dit, inputs[0], timestep, *inputs[1:])
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, ring=2, ulysses=2))):
+        placed = checkpoint.load("dit", config, parameter_sharding)
+        assert_same_model(jax.device_get(placed), jax.device_get(dit))
+        kernel = placed.stacks[layers is not None].ffn.fc_in.kernel[...]
+        assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8
+        program = velocity.lower(placed, inputs[0], timestep, *inputs[1:]).compile()
+        several = program(placed, inputs[0], timestep, *inputs[1:])
+    gathered = [line for line in program.as_text().splitlines() if " all-gather(" in line]
+    assert sum(" s8[" in line for line in gathered) >= 9  # the block's matrices, half the bytes of bfloat16
+    # Sums in another order round some activations to the neighbouring number.
+    assert error(several, one) < 0.01
+
+
+def test_what_is_refused(tmp_path):
+    model = quantize(load("official")[0], "int8")
+    with pytest.raises(InputError, match="quantised to int8 already"):
+        quantize(model, "fp8")
+    with pytest.raises(InputError, match=r"layers \(2, 9\) to quantise of 3"):
+        quantize(load("official")[0], "fp8", (2, 9))
+    save(tmp_path / "a", "official", {"dit": model})
+    checkpoint = Checkpoint(tmp_path / "a")
+    for format in ("off", "fp8"):
+        with pytest.raises(InputError, match=f"is quantised to int8, .* not as {format}; ask for no other format"):
+            checkpoint.check("dit", dataclasses.replace(checkpoint.config("dit"), quantize=format))
+    with pytest.raises(InputError, match="quantised to int8, which has no gradient"):
+        plan.network(TrainConfig(checkpoint=str(tmp_path / "a")))
+    shutil.rmtree(tmp_path / "a")
