@@ -32,15 +32,18 @@ TPU_OPTIONS: dict[str, Any] = {
 }
 """With these the TPU computes while weights and tokens travel; by default (libtpu 0.0.42) it waits."""
 
+TPU_OPTIONS_8_BIT = {**TPU_OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": False}
+"""For 8-bit weights: libtpu 0.0.42 aborts when such a gather is to overlap with anything but a matrix product."""
+
 KINDS = ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute")
 WIDTHS = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5}
 """Bytes of an element where its name does not end in its bits."""
 
 
-def use_tpu_options() -> None:
-    """Let libtpu compile with `TPU_OPTIONS`; the user's LIBTPU_INIT_ARGS win. Call it before JAX looks for devices."""
-    options = (f"--{name}={str(value).lower()}" for name, value in TPU_OPTIONS.items())
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*options, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
+def use_tpu_options(options: dict[str, Any] = TPU_OPTIONS) -> None:
+    """Let libtpu compile with these; the user's LIBTPU_INIT_ARGS win. Call it before JAX looks for devices."""
+    flags = (f"--{name}={str(value).lower()}" for name, value in options.items())
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*flags, os.environ.get("LIBTPU_INIT_ARGS", "")]).strip()
 
 
 class Collective(NamedTuple):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from sharding import stages
-from sharding.compiled import KINDS, TPU_OPTIONS, read, topology_mesh
+from sharding.compiled import KINDS, TPU_OPTIONS, TPU_OPTIONS_8_BIT, read, topology_mesh
 from sharding.mesh import AXES, MeshShape, parse_mesh
 from wanjax.config import DiTConfig, SampleConfig, TrainConfig
 from wanjax.errors import InputError
@@ -117,7 +117,10 @@ def compiled(
             if only is not None and name not in only:
                 continue
             # Optimised even where the environment says otherwise, as the tests' does for CPUs.
-            options = {**TPU_OPTIONS, "xla_backend_optimization_level": 3}
+            options = {
+                **(TPU_OPTIONS if dit.quantize == "off" else TPU_OPTIONS_8_BIT),
+                "xla_backend_optimization_level": 3,
+            }
             program = read(make().lower().compile(compiler_options=options))
             moved = {kind: program.payload(kind) for kind in KINDS}
             waited = sum(program.payload(kind, asynchronous=False) for kind in KINDS)
