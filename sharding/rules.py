@@ -1,17 +1,20 @@
 """Which mesh axes split which logical axes: the whole sharding of the models, as data.
 
 Activations: a batch is split over `data` and `fsdp`, tokens over `ring` and `ulysses` (ring first, so that a ring
-member holds neighbouring tokens). Parameters and optimiser state: every one is split over `fsdp`, `ring` and `ulysses`
-together, along the axis it calls "embed" or, if that does not divide, another; each device stores 1/N of the model and
-gathers a layer's weights when it needs them.
+member holds neighbouring tokens); the VAE's pictures, in height and width, over `ring` and `ulysses` in whichever way
+makes the most parts. Parameters and optimiser state: every one is split over `fsdp`, `ring` and `ulysses` together,
+along the axis it calls "embed" or, if that does not divide, another; each device stores 1/N of the model and gathers a
+layer's weights when it needs them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
@@ -42,6 +45,34 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.sharding.reshard(x, activation_spec(x.shape, *axes))
+
+
+def pictures_spec(shape: tuple[int, ...], cells: tuple[int, int]) -> PartitionSpec:
+    """How the ambient mesh splits pictures `[b, f, h, w, c]`: the batch as ever, tokens' axes over height and width.
+
+    Args:
+      shape: of the pictures.
+      cells: height and width of the coarsest grid that the pictures become or come from. A part is of whole cells, so
+        that every grid between is split in the same way. Of the ways to give each mesh axis to the height, the width or
+        neither, that with the most parts counts, the first of equals: 90x160 over 8 is split into 8 of 90x20; 90x90
+        over 8 is not split, as the mesh axis divides neither, and every device does all of it.
+    """
+    sizes = current_shape()._asdict()
+    mesh_axes = [a for a in ACTIVATIONS["tokens"] if sizes[a] > 1]
+    best: tuple[int, tuple, tuple] = (0, (), ())
+    for places in itertools.product((0, 1, None), repeat=len(mesh_axes)):
+        height, width = (tuple(a for a, place in zip(mesh_axes, places, strict=True) if place == i) for i in (0, 1))
+        rows, columns = (math.prod(sizes[a] for a in names) for names in (height, width))
+        if cells[0] % rows == cells[1] % columns == 0 and rows * columns > best[0]:
+            best = rows * columns, height, width
+    return PartitionSpec(activation_spec(shape[:1], "batch")[0], None, best[1] or None, best[2] or None, None)
+
+
+def split_pictures(x: jax.Array, cells: tuple[int, int]) -> jax.Array:
+    """`x` `[b, f, h, w, c]` laid out by `pictures_spec`. Without a mesh, `x` itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.sharding.reshard(x, pictures_spec(x.shape, cells))
 
 
 def replicate(x: jax.Array) -> jax.Array:
@@ -78,12 +109,20 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
     return constrain(rows, "batch", None, None)
 
 
-def reshape(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """`x.reshape(shape)` where only the first axis, which stays, is split: JAX wants to be told."""
+def reshape(x: jax.Array, shape: tuple[int, ...], like: jax.Array | None = None) -> jax.Array:
+    """`x.reshape(shape)`, split as `like` or, without it, in the first axis only, which stays: JAX wants to be told."""
     if jax.sharding.get_abstract_mesh().empty:
         return x.reshape(shape)
     batch = jax.typeof(x).sharding.spec[0]
-    return jax.lax.reshape(x, shape, out_sharding=PartitionSpec(batch, *(None,) * (len(shape) - 1)))
+    spec = PartitionSpec(batch, *(None,) * (len(shape) - 1)) if like is None else jax.typeof(like).sharding.spec
+    return jax.lax.reshape(x, shape, out_sharding=spec)
+
+
+def repeat(x: jax.Array, repeats: int, axis: int) -> jax.Array:
+    """`jnp.repeat` of every device's own part: JAX wants to be told."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.repeat(x, repeats, axis)
+    return jnp.repeat(x, repeats, axis, out_sharding=jax.typeof(x).sharding)
 
 
 def split_batch(x: jax.Array, parts: int) -> jax.Array:

@@ -346,7 +346,8 @@ def _encode_images(clip: CLIPVision, pixels: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _encode_chunk(vae: VAE, frames: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    return vae.encode_chunk(frames, cache)
+    latents, cache = vae.encode_chunk(frames, cache)
+    return replicate(latents), cache
 
 
 @jax.jit
@@ -357,7 +358,8 @@ def _context(dit: DiT, features: jax.Array, image: jax.Array | None) -> Context:
 @functools.partial(jax.jit, donate_argnames="cache")
 def _decode_chunk(vae: VAE, latents: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     video, cache = vae.decode_chunk(latents, cache)
-    return jnp.round((video[0].astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8), cache  # [F, H, W, 3]
+    frames = jnp.round((video[0].astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)  # [F, H, W, 3]
+    return replicate(frames), cache
 
 
 def _stack(pixels: list[Pixels]) -> Pixels | None:

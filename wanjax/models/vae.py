@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sharding.rules import constrain, split_pictures
 from wanjax.config import VAEConfig
 from wanjax.errors import InputError
 from wanjax.models.vae_blocks import Cache, Conv, Downsample, Mid, Norm, ResidualBlock, Upsample, chain
@@ -77,7 +78,10 @@ class Decoder(nnx.Module):
 class VAE(nnx.Module):
     """Videos to normalised latents and back. Deterministic: encoding returns the mean.
 
-    The weights are small beside the activations and carry no logical axes: they are replicated.
+    On a mesh every device stores a part of the weights, gathers a layer's when it comes to it, and works on its part of
+    every frame (`sharding.rules.pictures_spec`): convolutions exchange a row or column with their neighbours
+    (`sharding.halo`), only the attention sees whole frames. Callers may lay out what they give in any way; latents
+    are split over the batch only, videos over height and width too.
     """
 
     def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
@@ -132,10 +136,13 @@ class VAE(nnx.Module):
           InputError: the frames have another shape.
         """
         check_video(frames.shape, self.config, first=1 if cache is None else 0)
-        x, cache = self.encoder(frames.astype(self.config.dtype), cache)
+        height, width = (n // self.config.spatial_factor for n in frames.shape[2:4])
+        frames = split_pictures(frames.astype(self.config.dtype), (height, width))
+        x, cache = self.encoder(frames, cache)
         moments, _ = self.quant_conv(x)
         mean = moments[..., : self.config.z_dim].astype(jnp.float32)  # the solver's dtype
-        return (mean - self._shift()) / self._scale(), cache
+        latents = (mean - self._shift()) / self._scale()
+        return constrain(latents, "batch", None, None, None, None), cache
 
     def decode_chunk(self, latents: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
         """Decodes the next latent frames of a clip.
@@ -152,6 +159,8 @@ class VAE(nnx.Module):
           InputError: the latents have another shape.
         """
         check_latents(latents.shape, self.config)
+        height, width = latents.shape[2:4]
+        latents = split_pictures(latents, (height, width))
         raw = latents.astype(jnp.float32) * self._scale() + self._shift()  # in float32: it undoes a float32 division
         x, _ = self.post_quant_conv(raw.astype(self.config.dtype))
         video, cache = self.decoder(x, cache)

@@ -3,6 +3,8 @@
 Every block maps `(x, cache) -> (x, cache)` on `x [b, f, h, w, c]`, one chunk of consecutive frames. `cache` holds what
 the block must remember of earlier frames, and is None at the start of the clip. Chunks may be of any length that the
 temporal strides divide (the clip's first frame apart, which is never strided): the result does not depend on it.
+
+On a mesh `x` and `cache` are split over batch, height and width, as the network's input was, and stay so.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sharding.halo import Padding, to_whole_frames, windowed
+from sharding.rules import gather, repeat, reshape
 from wanjax.config import VAEConfig
 from wanjax.models.layers import Linear
 from wanjax.ops.attention import reference_forward
@@ -55,13 +59,18 @@ def conv(x: jax.Array, kernel: jax.Array, time_stride: int = 1, space_stride: in
     Returns:
       `[b, (f - kt) // time_stride + 1, h / space_stride, w / space_stride, out]`.
     """
-    extra = [k - space_stride for k in kernel.shape[1:3]]
-    padding = [(n // 2, n - n // 2) for n in extra]
-    forms = [functools.partial(form, strides=(time_stride, space_stride), padding=padding) for form in (_taps, _conv3d)]
-    return jax.lax.platform_dependent(x, kernel.astype(x.dtype), cpu=forms[0], default=forms[1])
+    strides = (time_stride, space_stride)
+    above, left = (k - space_stride for k in kernel.shape[1:3])
+    padding = ((above // 2, above - above // 2), (left // 2, left - left // 2))
+
+    def convolve(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+        taps, conv3d = (functools.partial(form, strides=strides, padding=padding) for form in (_taps, _conv3d))
+        return jax.lax.platform_dependent(x, kernel, cpu=taps, default=conv3d)
+
+    return windowed(convolve, x, kernel.astype(x.dtype), padding)
 
 
-def _conv3d(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: list[tuple[int, int]]) -> jax.Array:
+def _conv3d(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -71,7 +80,7 @@ def _conv3d(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: 
     )  # [b, f, h, w, c]
 
 
-def _taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: list[tuple[int, int]]) -> jax.Array:
+def _taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
     """The same as a sum of 2D convolutions over the kernel's frames: on a CPU, XLA runs those twice as fast."""
     b, f, *_ = x.shape
     kt = kernel.shape[0]
@@ -80,15 +89,21 @@ def _taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: li
     for i in range(kt):
         tap = x[:, i : i + (frames - 1) * strides[0] + 1 : strides[0]]  # [b, frames, h, w, c]
         tap = tap.reshape(b * frames, *tap.shape[2:])  # [b * frames, h, w, c]
-        y += conv2d(tap, kernel[i], strides[1], tuple(padding))  # [b * frames, h, w, out]
+        y += conv2d(tap, kernel[i], strides[1], padding)  # [b * frames, h, w, out]
     return y.astype(x.dtype).reshape(b, frames, *y.shape[1:])  # [b, frames, h, w, out]
+
+
+def _zeros(x: jax.Array, frames: int) -> jax.Array:
+    """Zeros like `frames` frames of `x`, split as it is."""
+    b, _, h, w, c = x.shape
+    return jnp.zeros((b, frames, h, w, c), x.dtype, device=jax.typeof(x).sharding)
 
 
 class Norm(nnx.Module):
     """Each position's channels scaled to length sqrt(c), times `scale`. In float32, returned in the dtype of `x`."""
 
     def __init__(self, dim: int):
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=(None,))
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32), axes=("embed",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Keeps the shape `[b, f, h, w, c]`."""
@@ -98,7 +113,7 @@ class Norm(nnx.Module):
         # that chunks give the whole clip's bits. On a TPU both compile to the same program.
         squares = jnp.einsum("...c,c->...", x32 * x32, ones, precision="highest")[..., None]  # [b, f, h, w, 1]
         length = jnp.maximum(jnp.sqrt(squares), 1e-12)
-        return (x32 / length * x.shape[-1] ** 0.5 * self.scale[...]).astype(x.dtype)
+        return (x32 / length * x.shape[-1] ** 0.5 * gather(self.scale[...])).astype(x.dtype)
 
 
 class Conv(nnx.Module):
@@ -118,21 +133,21 @@ class Conv(nnx.Module):
         time_stride: int = 1,
     ):
         kernel = kernel_init(rngs.params(), (*size, in_dim, out_dim), config.param_dtype)
-        self.kernel = nnx.Param(kernel, axes=(None,) * 5)
-        self.bias = nnx.Param(jnp.zeros((out_dim,), config.param_dtype), axes=(None,))
+        self.kernel = nnx.Param(kernel, axes=(None, None, None, "mlp", "embed"))
+        self.bias = nnx.Param(jnp.zeros((out_dim,), config.param_dtype), axes=("embed",))
         self.time_stride = time_stride
 
     def __call__(self, x: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
         """`[b, F, h, w, c]` to `[b, f, h, w, out]`."""
-        b, f, h, w, c = x.shape
-        kernel = self.kernel[...]
+        f = x.shape[1]
+        kernel = gather(self.kernel[...].astype(x.dtype))  # the activations' dtype, and before it travels
         keep = kernel.shape[0] - self.time_stride
         skip = max(0, keep + 1 - f) if cache is None else 0  # taps of the first frames that meet nothing but zeros
-        past = jnp.zeros((b, keep, h, w, c), x.dtype) if cache is None else cache
+        past = _zeros(x, keep) if cache is None else cache
         assert isinstance(past, jax.Array)
         x = jnp.concatenate([past, x], axis=1)  # [b, keep + f, h, w, c]
-        y = conv(x[:, skip:], kernel[skip:], self.time_stride) + self.bias[...].astype(x.dtype)  # [b, f, h, w, out]
-        return y, x[:, x.shape[1] - keep :]
+        y = conv(x[:, skip:], kernel[skip:], self.time_stride)  # [b, f, h, w, out]
+        return y + gather(self.bias[...].astype(x.dtype)), x[:, x.shape[1] - keep :]
 
 
 class FrameConv(nnx.Module):
@@ -140,14 +155,15 @@ class FrameConv(nnx.Module):
 
     def __init__(self, in_dim: int, out_dim: int, config: VAEConfig, rngs: nnx.Rngs, *, stride: int):
         kernel = kernel_init(rngs.params(), (3, 3, in_dim, out_dim), config.param_dtype)
-        self.kernel = nnx.Param(kernel, axes=(None,) * 4)
-        self.bias = nnx.Param(jnp.zeros((out_dim,), config.param_dtype), axes=(None,))
+        self.kernel = nnx.Param(kernel, axes=(None, None, "mlp", "embed"))
+        self.bias = nnx.Param(jnp.zeros((out_dim,), config.param_dtype), axes=("embed",))
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[b, f, h, w, c]` to `[b, f, h / stride, w / stride, out]`."""
-        y = conv(x, self.kernel[...][None], space_stride=self.stride)  # [b, f, h / stride, w / stride, out]
-        return y + self.bias[...].astype(x.dtype)
+        kernel = gather(self.kernel[...].astype(x.dtype))[None]
+        y = conv(x, kernel, space_stride=self.stride)  # [b, f, h / stride, w / stride, out]
+        return y + gather(self.bias[...].astype(x.dtype))
 
 
 class ResidualBlock(nnx.Module):
@@ -174,16 +190,22 @@ class AttentionBlock(nnx.Module):
 
     def __init__(self, dim: int, config: VAEConfig, rngs: nnx.Rngs):
         self.norm = Norm(dim)
-        self.qkv = Linear(dim, 3 * dim, rngs, axes=(None, None), param_dtype=config.param_dtype)
-        self.proj = Linear(dim, dim, rngs, axes=(None, None), param_dtype=config.param_dtype)
+        self.qkv = Linear(dim, 3 * dim, rngs, axes=("mlp", "embed"), param_dtype=config.param_dtype)
+        self.proj = Linear(dim, dim, rngs, axes=("mlp", "embed"), param_dtype=config.param_dtype)
 
     def __call__(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Keeps the shape `[b, f, h, w, c]`."""
-        b, f, h, w, c = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(b * f, 1, h * w, 3 * c)  # [b * f, 1, l, 3 c]
-        q, k, v = jnp.split(qkv, 3, axis=-1)  # [b * f, 1, l, c]
-        y, _ = reference_forward(q, k, v, None, x.dtype)  # the head is too wide for the fused kernels, and it is little
-        return x + self.proj(y.reshape(x.shape)), None
+        q, kv = jnp.split(self.qkv(self.norm(x)), [x.shape[-1]], axis=-1)  # [b, f, h, w, c], [b, f, h, w, 2 c]
+        return x + self.proj(to_whole_frames(_attend, q, kv)), None
+
+
+def _attend(q: jax.Array, kv: jax.Array) -> jax.Array:
+    """Attention within each frame, of queries `[b, f, h, w, c]` to keys and values `[b, f, h', w', 2 c]`."""
+    b, f, *_, c = q.shape
+    k, v = jnp.split(kv.reshape(b * f, 1, -1, 2 * c), 2, axis=-1)  # [b * f, 1, l, c]
+    # The head is too wide for the fused kernels, and it is little.
+    y, _ = reference_forward(q.reshape(b * f, 1, -1, c), k, v, None, q.dtype)  # [b * f, 1, l, c]
+    return y.reshape(q.shape)  # [b, f, h, w, c]
 
 
 class Mid(nnx.Module):
@@ -234,16 +256,17 @@ class Upsample(nnx.Module):
         """`[b, f, h, w, c]` to `[b, F, 2 h, 2 w, c / 2]`."""
         if self.time_conv is not None:
             x, cache = self._double_frames(self.time_conv, x, cache)  # [b, 2 f, h, w, c]
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)  # [b, f, 2 h, 2 w, c]
+        x = repeat(repeat(x, 2, axis=2), 2, axis=3)  # [b, f, 2 h, 2 w, c]
         return self.conv(x), cache  # [b, f, 2 h, 2 w, c / 2]
 
     def _double_frames(self, time_conv: Conv, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         b, _, h, w, c = x.shape
         first, rest = (x[:, :1], x[:, 1:]) if cache is None else (x[:, :0], x)
         if cache is None:
-            cache = jnp.zeros((b, 2, h, w, c), x.dtype)
+            cache = _zeros(x, 2)
         if rest.shape[1] == 0:
             return first, cache
         y, cache = time_conv(rest, cache)  # [b, f, h, w, 2 c]
-        pairs = y.reshape(b, -1, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5)  # [b, f, 2, h, w, c]
-        return jnp.concatenate([first, pairs.reshape(b, -1, h, w, c)], axis=1), cache  # [b, 2 f, h, w, c]
+        pairs = jnp.stack(jnp.split(y, 2, axis=-1), axis=2)  # [b, f, 2, h, w, c]
+        rest = reshape(pairs, (b, 2 * y.shape[1], h, w, c), like=x)  # [b, 2 f, h, w, c]
+        return jnp.concatenate([first, rest], axis=1), cache  # [b, 2 f, h, w, c]
