@@ -11,29 +11,33 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sharding.mesh import current_shape
+from wanjax.config import Attention
 from wanjax.ops.attention import kernel
 from wanjax.ops.kernels import LOWEST, Forward, Gradients
 
 RING = "ring"
 
 
-def ring_forward(q: jax.Array, k: jax.Array, v: jax.Array, length: int, dtype: DTypeLike) -> Forward:
+def ring_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, length: int, dtype: DTypeLike, choice: Attention = "auto"
+) -> Forward:
     """Attention of this device's queries to the keys of the whole ring.
 
     Args:
       q, k, v: this device's part, `[b, n, l, d]`; the device's place in the ring is its part's place in the sequence.
       length: only the keys before this index of the whole sequence count; at least 1.
       dtype: of the output.
+      choice: as `wanjax.ops.attention.kernel` takes it.
 
     Returns:
       Output `[b, n, l, d]` and log-sum-exp, float32 `[b, n, l]`.
     """
     ring = current_shape().ring
     if ring == 1:
-        return kernel().forward(q, k, v, valid_keys(0, k.shape[2], length), dtype)
+        return kernel(choice).forward(q, k, v, valid_keys(0, k.shape[2], length), dtype)
 
     def attend(hop: jax.Array | int, kv: jax.Array) -> Forward:
-        return kernel().forward(q, *kv, valid_keys(hop, kv.shape[3], length), jnp.float32)  # the parts are summed
+        return kernel(choice).forward(q, *kv, valid_keys(hop, kv.shape[3], length), jnp.float32)  # the parts are summed
 
     def step(hop: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         kv, out, lse = carry
@@ -45,7 +49,7 @@ def ring_forward(q: jax.Array, k: jax.Array, v: jax.Array, length: int, dtype: D
     return out.astype(dtype), lse
 
 
-def ring_backward(q, k, v, length: int, lse, delta, dout) -> Gradients:
+def ring_backward(q, k, v, length: int, lse, delta, dout, choice: Attention = "auto") -> Gradients:
     """Gradients of this device's queries, keys and values; `lse` and `delta` as in `wanjax.ops.kernels`.
 
     A block of keys takes the sum of its gradients with it round the ring, one hop late: what the device before has
@@ -53,10 +57,10 @@ def ring_backward(q, k, v, length: int, lse, delta, dout) -> Gradients:
     """
     ring = current_shape().ring
     if ring == 1:
-        return kernel().backward(q, k, v, valid_keys(0, k.shape[2], length), lse, delta, dout)
+        return kernel(choice).backward(q, k, v, valid_keys(0, k.shape[2], length), lse, delta, dout)
 
     def differentiate(hop: jax.Array | int, kv: jax.Array) -> Gradients:
-        return kernel().backward(q, *kv, valid_keys(hop, kv.shape[3], length), lse, delta, dout)
+        return kernel(choice).backward(q, *kv, valid_keys(hop, kv.shape[3], length), lse, delta, dout)
 
     def step(hop: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         kv, dq, dkv = carry

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from sharding.mesh import current_shape
 from sharding.ring import RING, ring_backward, ring_forward
+from wanjax.config import Attention
 from wanjax.errors import InputError
 from wanjax.ops.attention import named, row_products, swap
 from wanjax.ops.kernels import Gradients
@@ -33,12 +34,13 @@ def check_heads(num_heads: int, ulysses: int) -> None:
         )
 
 
-def sequence_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int) -> jax.Array:
+def sequence_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int, choice: Attention = "auto") -> jax.Array:
     """Full attention over a sequence whose tokens are sharded over (ring, ulysses); without a mesh, over all of it.
 
     Args:
       q, k, v: `[b, l, n, d]`, padded so that l divides by ring * ulysses. The batch may be sharded in any way.
       length: tokens that are not padding; only these are attended to.
+      choice: of the kernel, as `wanjax.ops.attention.kernel` takes it.
 
     Returns:
       `[b, l, n, d]` in the dtype of `q`, tokens over (ring, ulysses). What padding gets is finite, of no meaning.
@@ -49,18 +51,18 @@ def sequence_attention(q: jax.Array, k: jax.Array, v: jax.Array, length: int) ->
     check_heads(q.shape[2], current_shape().ulysses)
     if not jax.sharding.get_abstract_mesh().empty:
         q, k, v = (jax.sharding.reshard(x, specs(q)[0]) for x in (q, k, v))
-    return _attend(q, k, v, length)
+    return _attend(q, k, v, length, choice)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, length: int) -> jax.Array:
-    return _forward(q, k, v, length)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, length: int, choice: Attention) -> jax.Array:
+    return _forward(q, k, v, length, choice)[0]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, length: int):
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, length: int, choice: Attention):
     def local(q: jax.Array, k: jax.Array, v: jax.Array):
         qh, kh, vh = (to_heads(swap(x)) for x in (q, k, v))  # [b, n, l, d]
-        out, lse = ring_forward(qh, kh, vh, length, q.dtype)
+        out, lse = ring_forward(qh, kh, vh, length, q.dtype, choice)
         return swap(to_tokens(out)), lse, (qh, kh, vh)
 
     tokens, heads, rows = specs(q)
@@ -70,10 +72,10 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, length: int):
     return out, (*qkv, out, lse)
 
 
-def _backward(length: int, saved, dout: jax.Array) -> Gradients:
+def _backward(length: int, choice: Attention, saved, dout: jax.Array) -> Gradients:
     def local(q, k, v, out, lse, dout) -> Gradients:
         delta = to_heads(row_products(out, dout).swapaxes(1, 2)[..., None])[..., 0]  # [b, n, l]
-        grads = ring_backward(q, k, v, length, lse, delta, to_heads(swap(dout)))
+        grads = ring_backward(q, k, v, length, lse, delta, to_heads(swap(dout)), choice)
         # Rounded before the exchange: half the bytes, and custom_vjp wants these dtypes.
         dq, dk, dv = (swap(to_tokens(g.astype(x.dtype))) for g, x in zip(grads, (q, k, v), strict=True))
         return dq, dk, dv  # [b, l, n, d]

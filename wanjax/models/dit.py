@@ -23,7 +23,7 @@ from sharding.local import local_attention
 from sharding.mesh import current_shape
 from sharding.rules import constrain, gather, reshape
 from sharding.ulysses import sequence_attention
-from wanjax.config import DiTConfig, Remat
+from wanjax.config import Attention, DiTConfig, Remat
 from wanjax.models.layers import LayerNorm, Linear, QuantizedLinear, RMSNorm, normalize, scan, stack, xavier, zeros
 from wanjax.models.rope import Rotation, make_rotation, rotate
 from wanjax.ops.quantized import Format
@@ -212,13 +212,14 @@ class SelfAttention(nnx.Module):
         # Over the whole model dim, before the heads are split.
         self.norm_q, self.norm_k = (RMSNorm(c.dim, c.eps, axes=("heads",)) for _ in range(2))
         self.num_heads = c.num_heads
+        self.choice: Attention = c.attention
 
     def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`."""
         q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), rotation)  # [b, l, n, d]
         k = rotate(split_heads(self.norm_k(self.k(x)), self.num_heads), rotation)
         v = split_heads(self.v(x), self.num_heads)
-        return self.o(sequence_attention(q, k, v, rotation.length).reshape(x.shape))  # [b, l, e]
+        return self.o(sequence_attention(q, k, v, rotation.length, self.choice).reshape(x.shape))  # [b, l, e]
 
 
 class CrossAttention(nnx.Module):

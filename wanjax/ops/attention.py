@@ -1,7 +1,7 @@
 """Full attention: one reference, one dispatcher.
 
-`attention` is what a network calls. `kernel` chooses by platform what works on one block of keys, with which
-`sharding.ring` attends to a sequence that no device holds as a whole.
+`attention` is what a network calls. `kernel` chooses by platform, or as it is told, what works on one block of keys,
+with which `sharding.ring` attends to a sequence that no device holds as a whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from wanjax.ops.kernels import LOWEST, Forward, Gradients, Kernel, cudnn, flash_tpu
+from wanjax.config import Attention
+from wanjax.ops.kernels import LOWEST, Forward, Gradients, Kernel, cudnn, flash_tpu, int8fp8, int8fp8_tpu
 
 # Small enough for the chunk's scores to stay in the cache, large enough for matrix products at full speed.
 QUERY_CHUNK = 256
@@ -51,22 +52,35 @@ def attention_backward(saved: tuple[jax.Array, ...], dout: jax.Array) -> Gradien
 attention.defvjp(attention_forward, attention_backward)  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def kernel() -> Kernel:
-    """The kernel of the platform that is compiled for, which need not be the one that this process runs on."""
+def kernel(choice: Attention = "auto") -> Kernel:
+    """The kernel of the platform that is compiled for, which need not be the one that this process runs on.
+
+    Args:
+      choice: "auto": the flash kernel of TPUs, or of GPUs for the inputs that it takes, and else the reference.
+        "reference": that, everywhere. "flash": as "auto", but compiles for no platform without a flash kernel.
+        "int8fp8": in 8 bits, without gradient; on GPUs, where cuDNN's kernel in 8 bits is not wired up, its bfloat16.
+    """
+    if choice == "reference":
+        return Kernel(reference_forward, reference_backward)
+    in_8_bits = choice == "int8fp8"
 
     def forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
         def on(forward: Callable[..., Forward]) -> Callable[..., Forward]:
             return lambda *args: forward(*args, dtype)
 
         others = {"cuda": on(cudnn.forward)} if cudnn.supports(q) else {}
-        tpu, default = on(flash_tpu.forward), on(reference_forward)
-        return jax.lax.platform_dependent(q, k, v, valid, tpu=tpu, **others, default=default)
+        tpu = on(int8fp8_tpu.forward if in_8_bits else flash_tpu.forward)
+        if choice != "flash":
+            others["default"] = on(int8fp8.forward if in_8_bits else reference_forward)
+        return jax.lax.platform_dependent(q, k, v, valid, tpu=tpu, **others)
 
     def backward(q, *args) -> Gradients:
         others = {"cuda": cudnn.backward} if cudnn.supports(q) else {}
-        return jax.lax.platform_dependent(q, *args, tpu=flash_tpu.backward, **others, default=reference_backward)
+        if choice != "flash":
+            others["default"] = reference_backward
+        return jax.lax.platform_dependent(q, *args, tpu=flash_tpu.backward, **others)
 
-    return Kernel(forward, backward)
+    return Kernel(forward, int8fp8.backward if in_8_bits else backward)
 
 
 def reference_forward(q, k, v, valid, dtype: DTypeLike) -> Forward:

@@ -1,0 +1,158 @@
+"""Attention in 8 bits: near to exact attention, the kernel equal to its reference, in a ring too; no gradient."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from test_dit import load, official_inputs, velocity
+
+from sharding import sequence_attention
+from sharding.mesh import MeshShape, make_mesh
+from wanjax.errors import InputError
+from wanjax.models.dit import DiT
+from wanjax.ops.attention import kernel, reference_forward
+from wanjax.ops.kernels import LOWEST, flash_tpu, int8fp8, int8fp8_tpu
+
+exact = jax.jit(reference_forward, static_argnums=4)
+forward = jax.jit(int8fp8.forward, static_argnums=4, static_argnames="values")
+
+
+def random(lq, lk, d, outliers=False, heads=2):
+    """Normalised queries, keys and values; with outliers, channels of the keys with large means or spreads."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, heads, length, d), np.float32) for length in (lq, lk, lk))
+    if outliers:
+        k[..., [1, 5]] += np.float32([40, -25])
+        k[..., [2, d - 3]] *= np.float32([8, 5])
+    return q, k, v
+
+
+def cosine(got, expected):
+    got, expected = (np.asarray(x, np.float64).ravel() for x in (got, expected))
+    return got @ expected / np.linalg.norm(got) / np.linalg.norm(expected)
+
+
+def distance(got, expected):
+    return np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_near_to_exact_attention(outliers):
+    q, k, v = random(512, 2048, 128, outliers)
+    out, lse = exact(q, k, v, None, jnp.float32)
+    for values, least in (("fp8", 0.999), ("bf16", 0.9998)):
+        got, got_lse = forward(q, k, v, None, jnp.float32, values=values)
+        assert cosine(got, out) >= least
+        assert np.abs(got_lse - lse).max() < 0.05
+    naive = [np.round(x / (top := np.abs(x).max(axis=(-2, -1), keepdims=True) / 127)) * top for x in (q, k)]
+    if outliers:  # which is what smoothing and rotation are for
+        assert cosine(exact(*naive, v, None, jnp.float32)[0], out) < 0.997
+
+
+def test_padding_has_no_influence():
+    q, k, v = random(20, 300, 16)
+    expected = forward(q, k[:, :, :270], v[:, :, :270], None, jnp.float32)
+    k[:, :, 270:], v[:, :, 270:] = 1e9, np.nan
+    for got, wanted in zip(forward(q, k, v, jnp.int32(270), jnp.float32), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    out, lse = forward(q, k, v, jnp.int32(0), jnp.float32)
+    assert not np.any(out)
+    np.testing.assert_array_equal(lse, np.float32(LOWEST))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks and units in a small problem."""
+    monkeypatch.setattr(flash_tpu, "QUERIES", 256)
+    monkeypatch.setattr(flash_tpu, "UNIT_QUERIES", 128)
+    monkeypatch.setattr(int8fp8_tpu, "KEYS", 512)
+    int8fp8_tpu.run.clear_cache()
+    yield
+    int8fp8_tpu.run.clear_cache()
+
+
+@pytest.mark.parametrize(
+    ("lq", "lk", "d", "valid", "scores", "values"),
+    [
+        (300, 1100, 16, 900, "int8", "fp8"),
+        (300, 1024, 128, None, "bfloat16", "fp8"),
+        (100, 257, 80, None, "int8", "bf16"),
+        (20, 300, 16, 0, "int8", "bf16"),
+    ],
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_tpu_kernel_equals_the_reference(lq, lk, d, valid, scores, values):
+    q, k, v = random(lq, lk, d, outliers=True)
+    valid = None if valid is None else jnp.int32(valid)
+    expected = forward(q, k, v, valid, jnp.float32, values=values)
+    results = int8fp8_tpu.run(q, k, v, valid, jnp.float32, scores=jnp.dtype(scores), values=values, interpret=True)
+    for got, wanted in zip(results, expected, strict=True):
+        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+        # A weight between two numbers of 8 or 16 bits may go to the other one.
+        assert np.linalg.norm(got - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+def test_inside_ring_and_ulysses():
+    """Every member of the ring smooths with another mean: keys drift over the sequence."""
+    length = 90
+    q, k, v = (x.swapaxes(1, 2) for x in random(length, length, 16, outliers=True, heads=4))  # [b, l, n, d]
+    k = k + np.linspace(-3, 3, length, dtype=np.float32)[:, None, None]
+    whole, short = exact(*(x.swapaxes(1, 2) for x in (q, k, v)), None, jnp.float32)[0].swapaxes(1, 2), []
+    for shape in (MeshShape(), MeshShape(ring=2, ulysses=2)):
+        with jax.set_mesh(make_mesh(shape, jax.devices()[: shape.sequence])):
+            sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(None, ("ring", "ulysses")))
+            inputs = [jax.device_put(np.pad(x, ((0, 0), (0, 2), (0, 0), (0, 0))), sharding) for x in (q, k, v)]
+            out = jax.jit(partial(sequence_attention, length=length, choice="int8fp8"))(*inputs)
+            short.append(np.asarray(out)[:, :length])
+    assert all(cosine(out, whole) > 0.998 for out in short)
+    assert cosine(*short) > 0.998
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+def test_the_gradient_is_refused(mesh):
+    x = jnp.ones((1, 8, 2, 16))
+    shape = MeshShape(ring=2 if mesh else 1)
+    with (
+        jax.set_mesh(make_mesh(shape, jax.devices()[: shape.sequence])),
+        pytest.raises(InputError, match=r"attention int8fp8 has no gradient; .* train with attention auto"),
+    ):
+        jax.jit(jax.grad(lambda x: sequence_attention(x, x, x, 8, "int8fp8").sum()))(x)
+
+
+def test_the_network_passes_the_choice_on():
+    dit, expected = load("official")
+    latents, text, image = official_inputs(expected)
+    timestep = expected["dit_t"].astype(np.float32)
+
+    def run(choice):
+        model = jax.tree.unflatten(structure(choice), jax.tree.leaves(dit))
+        return np.asarray(velocity(model, latents, timestep, text, image))
+
+    def structure(choice):
+        config = dataclasses.replace(dit.config, attention=choice)
+        return jax.tree.structure(jax.eval_shape(lambda: DiT(config, nnx.Rngs(0))))
+
+    plain = np.asarray(velocity(dit, latents, timestep, text, image))
+    np.testing.assert_array_equal(run("reference"), plain)
+    assert 0 < distance(run("int8fp8"), plain) < 0.01
+
+
+def test_the_platform_and_the_choice_name_the_kernel():
+    def lowered(platform, choice, dtype=jnp.bfloat16):
+        x = jax.ShapeDtypeStruct((1, 2, 40, 64), dtype)
+        run = jax.jit(lambda q, k, v: kernel(choice).forward(q, k, v, None, jnp.float32))
+        return run.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "int8fp8_forward" in lowered("tpu", "int8fp8")
+    assert "flash_forward" in lowered("tpu", "flash")
+    assert "tpu_custom_call" not in lowered("tpu", "reference")
+    assert "__cudnn$fmhaSoftmax(" in lowered("cuda", "int8fp8")
+    assert "xi8>" in lowered("cuda", "int8fp8", jnp.float32)
+    assert "xi8>" in lowered("cpu", "int8fp8")
+    with pytest.raises(NotImplementedError):
+        lowered("cpu", "flash")
