@@ -37,12 +37,16 @@ HELP = {
     "conventions": "whose schedule and preprocessing; the published models were trained with the official ones",
     "initial_noise": ".npy [1, 16, f, h, w] instead of the seed's noise",
     "save_latents": ".npy [1, 16, f, h, w]: also write the normalised latents",
+    "quantize": "format of the weights and products of the DiT's blocks (default: as the checkpoint is)",
+    "attention": "kernel of self-attention; auto: the best exact one; int8fp8: in 8 bits (on GPUs cuDNN's bfloat16)",
     "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
 }
 CHOICES = {
     "solver": ("unipc", "dpmpp", "euler"),
     "dtype": ("bfloat16", "float32"),
     "conventions": ("official", "diffusers"),
+    "quantize": ("off", "fp8", "int8"),
+    "attention": ("auto", "reference", "flash", "int8fp8"),
 }
 TYPES: dict[str, type] = {
     **dict.fromkeys(("height", "width", "frames", "steps", "seed"), int),
@@ -77,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
 
     import numpy as np  # here: --help and bad flags need none of these
 
-    from sharding.compiled import use_tpu_options
-    from wanjax import media, pipeline
+    from sharding.compiled import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
+    from wanjax import media, pipeline, quantize
 
-    use_tpu_options()
+    use_tpu_options(TPU_OPTIONS_8_BIT if quantize.in_8_bits(config) else TPU_OPTIONS)
 
     # ---- everything that can be wrong, before hours of work
     plan = pipeline.prepare(config)

@@ -1,5 +1,6 @@
 """The whole run through the command line, against both references; and every bad input."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,10 @@ import pytest
 import safetensors.numpy
 
 import sample_jax
+from wanjax import pipeline
+from wanjax.convert import Checkpoint, save
 from wanjax.errors import InputError
+from wanjax.quantize import in_8_bits
 
 GOLDEN = Path(__file__).parent / "golden"
 DIFFUSERS, OFFICIAL = GOLDEN / "diffusers", GOLDEN / "official"
@@ -108,6 +112,34 @@ def test_text_to_video_without_guidance(tmp_path):
     assert sorted(p.name for p in (tmp_path / "frames").iterdir()) == [f"{i:05d}.png" for i in range(9)]
 
 
+def test_in_8_bits(tmp_path):
+    """Not what the exact run gives, but close; and a checkpoint that is quantised already stays as it is."""
+    run = {"steps": 2, "guidance": 1, "solver": "euler", "output": tmp_path / "v.npy"}
+    latents = {}
+    for name, switches in (("exact", {}), ("8 bits", {"quantize": "int8", "attention": "int8fp8"})):
+        sample_jax.main(flags(OFFICIAL, **run, **switches, save_latents=tmp_path / f"{name}.npy"))
+        latents[name] = np.load(tmp_path / f"{name}.npy")
+    assert 0 < np.linalg.norm(latents["8 bits"] - latents["exact"]) < 0.02 * np.linalg.norm(latents["exact"])
+
+    checkpoint = Checkpoint(OFFICIAL)
+    dit = checkpoint.load("dit", dataclasses.replace(checkpoint.config("dit"), quantize="int8"))
+    save(tmp_path / "int8", "official", {"dit": dit}, base=checkpoint, pth=False)
+    for choice in (None, "int8"):
+        config = sample_jax.parse(flags(OFFICIAL, checkpoint=tmp_path / "int8", quantize=choice))
+        assert in_8_bits(config)
+        assert pipeline.prepare(config).dit == dit.config
+    words = ["--quantize fp8", "quantised to int8", "leave --quantize out"]
+    refused(flags(OFFICIAL, checkpoint=tmp_path / "int8", quantize="fp8"), words)
+
+
+def test_switches_that_are_off_change_nothing():
+    plain, off = (
+        pipeline.prepare(sample_jax.parse(flags(OFFICIAL, **switches)))
+        for switches in ({}, {"quantize": "off", "attention": "auto"})
+    )
+    assert plain.dit == off.dit == dataclasses.replace(plain.checkpoint.config("dit"))
+
+
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -156,6 +188,8 @@ BAD = {
     "number": ({"steps": "many"}, ["--steps", "many"]),
     "choice": ({"solver": "heun"}, ["heun", "unipc"]),
     "fps": ({"fps": 0}, ["fps 0"]),
+    "format": ({"quantize": "int4"}, ["int4", "fp8", "int8"]),
+    "kernel": ({"attention": "flash"}, ["attention flash of float32 on cpu", "TPUs", "auto"]),
 }
 
 

@@ -173,6 +173,8 @@ class SampleConfig:
     initial_noise: str | None = None  # .npy [1, 16, f, h, w]
     save_latents: str | None = None  # .npy [1, 16, f, h, w]
     mesh: str | None = None  # as `sharding.mesh.parse_mesh` takes it; None: `sharding.mesh.sampling_mesh` chooses
+    quantize: Literal["off", "fp8", "int8"] | None = None  # of the DiT's blocks; None: as the checkpoint is
+    attention: Attention = "auto"  # of the DiT's self-attention; see `wanjax.ops.attention.kernel`
     note: str | None = None  # printed before sampling
 
 

@@ -35,6 +35,8 @@ from wanjax.models.dit import Context, DiT
 from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Cache
+from wanjax.ops.attention import check_choice
+from wanjax.quantize import requantized
 
 Pixels = np.ndarray
 SHIFTS = {"t2v": 5.0, "i2v": 5.0, "flf2v": 16.0}  # the official command line's
@@ -82,6 +84,8 @@ def prepare(config: SampleConfig) -> Plan:
     checkpoint = Checkpoint(config.checkpoint)
     dtype = jnp.dtype(config.dtype)
     dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
+    dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
+    check_choice(config.attention, dtype, jax.devices()[0].platform)
     umt5 = checkpoint.config("umt5", dtype=dtype, param_dtype=dtype)
     vae = checkpoint.config("vae")  # float32 as in the official code: the VAE is 1% of the work and shows every error
     clip = None if dit.image_dim is None else checkpoint.config("clip", dtype=dtype, param_dtype=dtype)

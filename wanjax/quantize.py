@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Literal
 
 import jax
 from flax import nnx
 
-from wanjax.config import DiTConfig
+from wanjax.config import DiTConfig, SampleConfig
+from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT, quantized
 from wanjax.ops.quantized import Format
@@ -59,6 +61,33 @@ def with_format(config: DiTConfig, format: Format, layers: tuple[int, int] | Non
         )
     layers = None if layers == (0, config.num_layers) else layers
     return dataclasses.replace(config, quantize=format, quantized_layers=layers)
+
+
+def requantized(config: DiTConfig, choice: Format | Literal["off"] | None) -> DiTConfig:
+    """The configuration of a checkpoint's DiT with the format that is asked for; None: its own.
+
+    Raises:
+      InputError: it is quantised otherwise.
+    """
+    if choice in (None, config.quantize):
+        return config
+    if choice == "off" or config.quantize != "off":
+        raise InputError(
+            f"--quantize {choice} with a checkpoint that is quantised to {config.quantize}, which can be used as it is "
+            "only; leave --quantize out, or give the checkpoint that it was made of"
+        )
+    return with_format(config, choice)
+
+
+def in_8_bits(config: SampleConfig) -> bool:
+    """Whether the DiT will be quantised; found without waking JAX's devices.
+
+    Raises:
+      InputError: as `Checkpoint`.
+    """
+    if config.quantize is not None or config.checkpoint is None:
+        return config.quantize in ("fp8", "int8")
+    return Checkpoint(config.checkpoint).config("dit").quantize != "off"
 
 
 @partial(jax.jit, static_argnums=1)

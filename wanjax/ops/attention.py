@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from wanjax.config import Attention
+from wanjax.errors import InputError
 from wanjax.ops.kernels import LOWEST, Forward, Gradients, Kernel, cudnn, flash_tpu, int8fp8, int8fp8_tpu
 
 # Small enough for the chunk's scores to stay in the cache, large enough for matrix products at full speed.
@@ -81,6 +82,15 @@ def kernel(choice: Attention = "auto") -> Kernel:
         return jax.lax.platform_dependent(q, *args, tpu=flash_tpu.backward, **others)
 
     return Kernel(forward, int8fp8.backward if in_8_bits else backward)
+
+
+def check_choice(choice: Attention, dtype: DTypeLike, platform: str) -> None:
+    """Raises `InputError` if self-attention in `dtype` cannot be had as `choice` on `platform`."""
+    if choice == "flash" and platform != "tpu" and not (platform == "gpu" and dtype == jnp.bfloat16):
+        raise InputError(
+            f"attention flash of {jnp.dtype(dtype)} on {platform}; TPUs have such a kernel, and GPUs for bfloat16; "
+            "use --attention auto"
+        )
 
 
 def reference_forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
