@@ -91,7 +91,7 @@ def write_video(path: str | Path, video: np.ndarray, fps: float) -> None:
     target = check_output(path)
     frames = to_uint8(video)
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".npy": _write_npy, "": _write_folder}[target.suffix.lower()]
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         write(temporary, frames, fps)
 
 
@@ -121,7 +121,7 @@ def save_array(path: str | Path, array: np.ndarray) -> None:
     """
     target = check_output(path, ARRAY)
     array = np.asarray(array)
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         np.save(temporary, array.astype(np.float32) if array.dtype.name == "bfloat16" else array, allow_pickle=False)
 
 
@@ -159,7 +159,7 @@ def _hidden(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A hidden path beside `target` that becomes `target` when the block ends well, and else is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _hidden(target)
