@@ -20,8 +20,27 @@ class Clip(NamedTuple):
     name: str
 
 
+class UnusableClip(Exception):  # noqa: N818  # what it is, not what went wrong
+    """A clip of the set that nothing can be learned from: its file is missing, damaged, without pictures or too short.
+
+    Attributes:
+      name: of the clip.
+      reason: why, in words.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)  # both, so that it can be pickled
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
 class Clips(Protocol):
-    """Random access: clip `index` is the same whenever and on whichever host it is read."""
+    """Random access: clip `index` is the same whenever and on whichever host it is read.
+
+    A set of files may raise `UnusableClip` for some; `wanjax.data.buckets.Usable` puts others in their place.
+    """
 
     def __len__(self) -> int:
         """How many clips there are."""

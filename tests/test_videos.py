@@ -1,0 +1,404 @@
+"""Real video files: times, sizes, orientation, colours, buckets, and files that cannot be used."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from wanjax.data.buckets import Groups, Order, Usable, describe, group
+from wanjax.data.clip import Clip, UnusableClip
+from wanjax.data.decode import Damaged, decode, probe
+from wanjax.data.manifest import Row
+from wanjax.data.videos import Videos, choose_size, choose_sizes
+from wanjax.errors import InputError
+from wanjax.media import write_video
+
+
+def encode(path, frames, times=None, rate=16, codec="libx264", edit=None, options=None):
+    """Writes frames [F, H, W, 3]; `times` in seconds, else one every 1/rate."""
+    container_options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=container_options) as container:
+        options = {"crf": "4", "preset": "veryfast", "g": "12"} | (options or {})
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv444p" if codec == "libx264" else "yuv420p"
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
+        if edit is not None:
+            edit(stream)
+        for k, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts = round(1000 * (k / rate if times is None else times[k]))
+            frame.time_base = Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def gray(levels, height=48, width=64):
+    return np.broadcast_to(np.asarray(levels, np.uint8)[:, None, None, None], (len(levels), height, width, 3))
+
+
+def corners(frames=8, height=48, width=64):
+    """Four quarters, each of its own colour: red, green / blue, white."""
+    pixels = np.zeros((frames, height, width, 3), np.uint8)
+    pixels[:, : height // 2, : width // 2, 0] = 220
+    pixels[:, : height // 2, width // 2 :, 1] = 220
+    pixels[:, height // 2 :, : width // 2, 2] = 220
+    pixels[:, height // 2 :, width // 2 :] = 220
+    return pixels
+
+
+def sound(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def videos(path, *, rows=None, frames=9, area=48 * 64, **options):
+    rows = rows or [Row(path, path.name, "caption")]
+    return Videos(rows, frames=frames, area=area, **options)
+
+
+def seen(video):
+    """Gray level of each frame."""
+    return video.mean((1, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize("rate", [16, 30, 25, 8, 60])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_frames_are_those_shown_at_16_fps(tmp_path, rate, suffix):
+    levels = np.linspace(20, 230, rate)  # one second
+    path = encode(tmp_path / f"a{suffix}", gray(levels), rate=rate)
+    got = seen(videos(path, frames=13)[0].video)
+    shown = [levels[int((k / 16 + 0.001) * rate)] for k in range(13)]
+    np.testing.assert_allclose(got, np.round(shown), atol=2.5)
+
+
+@pytest.mark.parametrize(("b_frames", "frames"), [(0, 13), (3, 9)])  # the muxer's duration is short with B-frames
+def test_variable_frame_rate(tmp_path, b_frames, frames):
+    times = [0, 0.04, 0.1, 0.11, 0.5, 0.52, 0.9]
+    levels = [20, 50, 80, 110, 140, 170, 200]
+    path = encode(tmp_path / "a.mp4", gray(levels), times, options={"bf": str(b_frames)})
+    got = seen(videos(path, frames=frames)[0].video)
+    shown = [levels[max(i for i, t in enumerate(times) if t <= k / 16 + 0.001)] for k in range(frames)]
+    np.testing.assert_allclose(got, shown, atol=2.5)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.25, 1.0, 1.37, 2.4])
+def test_start_is_exact_wherever_the_keyframes_are(tmp_path, start):
+    levels = np.linspace(10, 240, 48)  # three seconds, a keyframe every 12 frames
+    path = encode(tmp_path / "a.mp4", gray(levels))
+    clips = videos(path, rows=[Row(path, "a", "", start, start + 0.6)])
+    assert clips.shape(0)[0] == 9
+    shown = [levels[int((start + k / 16) * 16 + 0.05)] for k in range(9)]
+    np.testing.assert_allclose(seen(clips[0].video), np.round(shown), atol=2.5)
+
+
+def test_streams_that_do_not_start_at_zero(tmp_path):
+    """Clips count from the first frame."""
+    levels = np.linspace(10, 240, 48)
+    path = encode(tmp_path / "a.ts", gray(levels), times=2 + np.arange(48) / 16)
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].start_time * container.streams.video[0].time_base) == 2
+    clips = videos(path, rows=[Row(path, "a", "", 1.0, 1.6)])
+    np.testing.assert_allclose(seen(clips[0].video), np.round(levels[16:25]), atol=2.5)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize(("count", "frames"), [(5, 5), (8, 5), (9, 9), (12, 9), (17, 17), (40, 17)])
+def test_length_is_the_longest_bucket_that_fits(tmp_path, suffix, count, frames):
+    path = encode(tmp_path / f"a{suffix}", gray(np.linspace(20, 230, count)))
+    clips = videos(path, frames=17, lengths=(5, 9, 17))
+    assert clips.shape(0) == (frames, 48, 64)
+    assert clips[0].video.shape == (frames, 48, 64, 3)
+
+
+def test_end_bounds_the_clip(tmp_path):
+    path = encode(tmp_path / "a.mp4", gray(np.linspace(20, 230, 40)))
+    clips = videos(path, rows=[Row(path, "a", "", 0.5, 0.5 + 9.2 / 16), Row(path, "b", "", 2.0, 9.0)], frames=17)
+    assert [clips.shape(i)[0] for i in range(2)] == [9, 5]
+    assert clips[1].video.shape[0] == 5
+
+
+# ---------------------------------------------------------------------------------------------------- sizes, colours
+
+
+def test_odd_sizes_cover_and_are_cut_in_the_middle(tmp_path):
+    pixels = np.full((8, 51, 101, 3), 200, np.uint8)
+    pixels[:, :, :10] = pixels[:, :, -10:] = 0  # what a cut from 101x51 to 64x48 takes away, and more
+    path = encode(tmp_path / "a.mp4", pixels)
+    assert probe(path)[:2] == (51, 101)
+    video = decode(path, [0, 0.1], 48, 64)
+    assert video.shape == (2, 48, 64, 3)
+    np.testing.assert_allclose(video, 200, atol=4)
+
+
+def test_reduction_is_antialiased(tmp_path):
+    checks = (np.indices((192, 256)).sum(0) % 2 * 255).astype(np.uint8)
+    path = encode(tmp_path / "a.mp4", np.broadcast_to(checks[None, ..., None], (8, 192, 256, 3)))
+    np.testing.assert_allclose(decode(path, [0], 48, 64), 127.5, atol=6)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "flips"), [(0, {}), (90, {}), (180, {}), (270, {}), (0, {"hflip": True}), (90, {"vflip": True})]
+)
+def test_rotation_is_applied(tmp_path, degrees, flips):
+    pixels = corners()
+    path = encode(tmp_path / "a.mp4", pixels, edit=lambda stream: stream.set_display_rotation(degrees, **flips))
+    expected = np.rot90(pixels[0], degrees // 90)
+    expected = expected[:, ::-1] if "hflip" in flips else expected[::-1] if "vflip" in flips else expected
+    height, width = expected.shape[:2]
+    assert probe(path)[:2] == (height, width)
+    got = decode(path, [0], height, width)[0]
+    assert np.abs(got.astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize(("aspect", "size"), [(Fraction(2), (48, 128)), (Fraction(1, 2), (96, 64))])
+def test_pixels_that_are_not_square(tmp_path, aspect, size):
+    def edit(stream):
+        stream.codec_context.sample_aspect_ratio = aspect
+
+    path = encode(tmp_path / "a.mp4", corners(), edit=edit)
+    assert probe(path)[:2] == size
+    clips = videos(path, area=size[0] * size[1], frames=5, ratios=(Fraction(8, 3), 1, Fraction(2, 3)))
+    assert clips.shape(0)[1:] == size
+    assert np.abs(clips[0].video[0].astype(int) - corners(1, *size)[0]).mean() < 4
+
+
+@pytest.mark.parametrize("colour", [(200, 30, 40), (30, 180, 60), (40, 60, 220), (255, 255, 255), (0, 0, 0)])
+def test_colours_follow_the_tags(tmp_path, colour):
+    """Ours are tagged BT.709; a small file without tags is BT.601, as PyAV encodes from RGB."""
+    frames = np.full((6, 32, 32, 3), colour, np.uint8)
+    write_video(tmp_path / "tagged.mp4", frames, fps=16)
+    np.testing.assert_allclose(
+        decode(tmp_path / "tagged.mp4", [0], 32, 32)[0, 4:-4, 4:-4], frames[0, 4:-4, 4:-4], atol=4
+    )
+    path = encode(tmp_path / "plain.mp4", frames)
+    np.testing.assert_allclose(decode(path, [0], 32, 32)[0, 4:-4, 4:-4], frames[0, 4:-4, 4:-4], atol=4)
+
+
+def test_full_range(tmp_path):
+    def edit(stream):
+        stream.codec_context.color_range = 2
+
+    path = encode(tmp_path / "a.mp4", gray([128] * 6), edit=edit)
+    with av.open(str(path)) as container:
+        luma = next(container.decode(video=0)).to_ndarray()[0].mean()
+    assert abs(decode(path, [0], 48, 64).mean() - luma) < 1.5  # as stored
+
+
+@pytest.mark.parametrize(
+    ("area", "sizes"),
+    [
+        (480 * 832, {(480, 832), (544, 720), (624, 624), (720, 544), (832, 480)}),
+        (720 * 1280, {(720, 1280), (960, 960), (1280, 720)}),
+        (64 * 64, {(64, 64), (48, 80), (80, 48)}),
+    ],
+)
+def test_sizes_are_near_area_and_ratio(area, sizes):
+    chosen = choose_sizes(area)
+    assert sizes <= set(chosen)
+    for height, width in chosen:
+        assert height % 16 == width % 16 == 0
+        assert 0.74 * area < height * width <= area
+
+
+def test_each_clip_goes_where_least_is_cut():
+    sizes = choose_sizes(480 * 832)
+    assert choose_size(1080, 1920, sizes) == (480, 832)
+    assert choose_size(1920, 1080, sizes) == (832, 480)
+    assert choose_size(1000, 1000, sizes) == (624, 624)
+    assert choose_size(480, 640, sizes) == (544, 720)
+    assert choose_size(800, 1920, sizes) == (480, 832)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 80}, "clips of 80 frames; accepted: 4n"),
+        ({"frames": 81, "lengths": (81, 3)}, "clips of 3 frames"),
+        ({"lengths": ()}, "clips of no frames"),
+        ({"area": 100}, "an area of 100 pixels"),
+        ({"ratios": ()}, "ratios none"),
+        ({"fps": 0}, "0 frames a second"),
+    ],
+)
+def test_arguments_are_checked(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        Videos([Row(tmp_path / "a.mp4", "a", "")], **options)
+
+
+def test_captions_are_required(tmp_path):
+    with pytest.raises(InputError, match=r"1 of 2 clips have no caption, the first b;"):
+        Videos([Row(tmp_path / "a.mp4", "a", ""), Row(tmp_path / "b.mp4", "b")])
+
+
+# -------------------------------------------------------------------------------------------------- unusable files
+
+
+def mixed(folder):
+    """A folder of good and bad files, the good ones 3 and 6 .. 9 by name."""
+    good = encode(folder / "3 good.mp4", gray(np.linspace(20, 230, 9)))
+    encode(folder / "0 one frame.mp4", gray([100]))
+    (folder / "1 garbage.mp4").write_bytes(np.random.default_rng(0).bytes(4000))
+    sound(folder / "2 sound.mp4")
+    (folder / "4 empty.mp4").touch()
+    (folder / "5 no index.mp4").write_bytes(good.read_bytes()[:200])
+    for k in range(6, 10):
+        encode(folder / f"{k} good.mp4", gray(np.full(9, 20 * k)))
+    noise = np.random.default_rng(0).integers(0, 255, (9, 48, 64, 3), np.uint8)
+    whole = encode(folder / "7 cut off.mp4", noise).read_bytes()
+    (folder / "7 cut off.mp4").write_bytes(whole[: len(whole) // 2])  # its index is in front, and promises 9 frames
+    for path in folder.glob("*.mp4"):
+        path.with_suffix(".txt").write_text(f"caption of {path.stem}\n")
+    return Videos(folder, frames=9, area=48 * 64)
+
+
+def test_unusable_files_are_named_at_probing(tmp_path):
+    clips = mixed(tmp_path)
+    groups = group(clips)
+    undecodable = "cannot be decoded (Invalid data found when processing input)"
+    assert groups.unusable == {
+        "0 one frame.mp4": "1 frames at 16 fps, the shortest bucket takes 5",
+        "1 garbage.mp4": undecodable,
+        "2 sound.mp4": "holds sound alone",
+        "4 empty.mp4": undecodable,
+        "5 no index.mp4": "holds no video",
+    }
+    assert {shape: [clips.rows[i].name for i in bucket] for shape, bucket in groups.buckets.items()} == {
+        (9, 48, 64): ["3 good.mp4", "6 good.mp4", "7 cut off.mp4", "7 good.mp4", "8 good.mp4", "9 good.mp4"]
+    }
+    line = describe(groups.unusable, len(clips))
+    assert line.startswith("5 of 11 clips cannot be used: 2 x cannot be decoded (Invalid")
+    with pytest.raises(UnusableClip, match=r"2 sound\.mp4: holds sound alone"):
+        clips[2]
+
+
+def test_unusable_when_decoded_is_replaced_by_the_next(tmp_path, caplog):
+    clips = mixed(tmp_path)
+    bad = next(i for i, row in enumerate(clips.rows) if row.name == "7 cut off.mp4")
+    with pytest.raises(UnusableClip, match=r"7 cut off\.mp4: ends before|7 cut off\.mp4: damaged"):
+        clips[bad]
+    usable = Usable(clips, group(clips).buckets)
+    assert usable.shape(bad) == (9, 48, 64)
+    assert usable[bad].name == "7 good.mp4"
+    assert usable[bad].caption == "caption of 7 good"
+    assert list(usable.skipped) == ["7 cut off.mp4"]
+    assert caplog.text.count("7 cut off.mp4") == 1  # once, though read twice
+    assert usable[len(clips) - 1].name == "9 good.mp4"
+
+
+def test_damage_inside_is_found(tmp_path):
+    """What comes before it may be used, what is predicted from it may not."""
+    frames = np.random.default_rng(0).integers(0, 255, (20, 48, 64, 3), np.uint8)
+    path = encode(tmp_path / "a.mp4", frames, options={"g": "20"})
+    content = bytearray(path.read_bytes())
+    place = (content.find(b"mdat") + len(content)) // 2
+    content[place : place + 20_000] = np.random.default_rng(1).bytes(20_000)  # H.264 would not notice a few bytes
+    path.write_bytes(content)
+    with pytest.raises(Damaged, match=r"damaged at|cannot be decoded"):
+        decode(path, [k / 16 for k in range(20)], 48, 64)
+    with pytest.raises(Damaged, match=r"damaged at|cannot be decoded"):
+        decode(path, [19 / 16], 48, 64)
+    assert decode(path, [0, 1 / 16], 48, 64).shape == (2, 48, 64, 3)
+
+
+def test_a_failing_disk_is_no_reason_to_skip(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise av.error.OSError(5, "Input/output error")
+
+    path = encode(tmp_path / "a.mp4", gray([100] * 8))
+    monkeypatch.setattr("wanjax.data.decode.av.open", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        group(videos(path))
+
+
+def test_replacement_is_a_function_of_the_index():
+    clips = Broken(20, {3, 4, 5, 19})
+    buckets = {(5, 16, 16): np.array([1, 3, 5, 19]), (9, 16, 16): np.array([0, 2, 4])}
+    forwards = {i: Usable(clips, buckets)[i].name for i in [1, 3, 5, 19, 0, 2, 4]}
+    usable = Usable(clips, buckets)
+    backwards = {i: usable[i].name for i in [4, 2, 0, 19, 5, 3, 1]}
+    assert forwards == backwards == {1: "1", 3: "1", 5: "1", 19: "1", 0: "0", 2: "2", 4: "0"}
+    with pytest.raises(InputError, match=r"none of 2 clips of shape"):
+        Usable(clips, {(5, 16, 16): np.array([3, 4])})[3]
+
+
+class Broken:
+    """Clips of which some are unusable."""
+
+    def __init__(self, count, bad):
+        self.count, self.bad = count, bad
+
+    def __len__(self):
+        return self.count
+
+    def shape(self, index):
+        return 5, 16, 16
+
+    def __getitem__(self, index):
+        if index in self.bad:
+            raise UnusableClip(str(index), "bad")
+        return Clip(np.zeros((5, 16, 16, 3), np.uint8), "", str(index))
+
+
+def test_nothing_usable_is_said(tmp_path):
+    sound(tmp_path / "a.mp4")
+    clips = Videos([Row(tmp_path / "a.mp4", "a", ""), Row(tmp_path / "gone.mp4", "gone", "")])
+    with pytest.raises(InputError, match=r"2 of 2 clips cannot be used: .*sound alone \(a\).*does not exist \(gone\)"):
+        group(clips)
+
+
+def test_columns_of_a_selection_spare_the_probing(tmp_path):
+    columns = {"height": 1080, "width": 1920, "seconds": 3.1}
+    clips = Videos([Row(tmp_path / "not there.mp4", "a", "", columns=columns)])
+    assert clips.shape(0) == (41, 480, 832)
+    with pytest.raises(UnusableClip, match="does not exist"):
+        clips[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+
+BUCKETS = {
+    (5, 16, 16): np.array([0, 1, 2, 3, 4, 5, 6]),
+    (9, 16, 16): np.array([10, 11]),
+    (9, 32, 16): np.array([20, 21, 22, 23]),
+}
+OF = {int(i): shape for shape, members in BUCKETS.items() for i in members}
+
+
+def test_batches_are_of_one_shape_and_all_clips_appear():
+    order = Order(BUCKETS, size=4, seed=3)
+    assert order.batches == 2 + 1 + 1
+    epochs = []
+    for epoch in range(6):
+        batches = [[order[4 * b + k] for k in range(4)] for b in range(4 * epoch, 4 * epoch + 4)]
+        for b, batch in enumerate(batches):
+            assert {OF[i] for i in batch} == {order.shape(4 * epoch + b)}
+        seen_now = {i for batch in batches for i in batch}
+        assert {10, 11, 20, 21, 22, 23} <= seen_now
+        epochs.append(batches)
+    assert len({str(batches) for batches in epochs}) == 6  # shuffled anew
+    counts = np.bincount([i for batches in epochs for batch in batches for i in batch])
+    assert counts[:7].max() - counts[:7].min() <= 1  # 48 places for 7 clips
+    assert set(counts[10:12]) == {12}
+    assert set(counts[20:24]) == {6}
+
+
+def test_order_is_random_access_and_repeatable():
+    order, again, other = Order(BUCKETS, 4, seed=3), Order(BUCKETS, 4, seed=3), Order(BUCKETS, 4, seed=4)
+    forwards = [order[k] for k in range(64)]
+    assert forwards == [again[k] for k in reversed(range(64))][::-1]
+    assert forwards != [other[k] for k in range(64)]
+
+
+def test_groups_of_any_clips():
+    assert group(Broken(3, set())) == Groups({(5, 16, 16): pytest.approx(np.arange(3))}, {})

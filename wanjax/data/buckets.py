@@ -1,0 +1,171 @@
+"""Batches of clips of one shape: which clip is which sample, and what stands in for clips that cannot be used.
+
+    groups = group(clips)                              # opens every file once, to see its shape
+    order = Order(groups.buckets, size=8, seed=0)      # of clips: batch k is order[8 k] .. order[8 k + 7]
+    clip = Usable(clips, groups.buckets)[order[k]]     # sample k, the same after resuming and on any host
+
+The position in the data is one number, the batches taken so far.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from tqdm import tqdm
+
+from wanjax.data.clip import Clip, Clips, UnusableClip
+from wanjax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Shape = tuple[int, int, int]  # frames, height, width
+
+
+class Groups(NamedTuple):
+    """A set's clips by shape.
+
+    buckets: shape -> indices of its clips, ascending.
+    unusable: name -> reason, of the clips in no bucket.
+    """
+
+    buckets: dict[Shape, np.ndarray]
+    unusable: dict[str, str]
+
+
+def group(clips: Clips, threads: int = 8, progress: bool = False) -> Groups:
+    """Sorts a set by shape.
+
+    Args:
+      clips: of which `shape` is asked for every clip.
+      threads: to ask in; the answer is the same for any number.
+      progress: show a bar.
+
+    Raises:
+      InputError: no clip is usable.
+      OSError: the disk fails: that is no reason to leave out a clip, other hosts would not.
+    """
+
+    def ask(index: int) -> Shape | UnusableClip:
+        try:
+            return clips.shape(index)
+        except UnusableClip as error:
+            return error
+
+    with ThreadPoolExecutor(threads) as pool:
+        answers = pool.map(ask, range(len(clips)))
+        answers = list(tqdm(answers, "probing", len(clips), unit="clip", dynamic_ncols=True, disable=not progress))
+    found: dict[Shape, list[int]] = {}
+    unusable: dict[str, str] = {}
+    for index, answer in enumerate(answers):
+        if isinstance(answer, UnusableClip):
+            unusable[answer.name] = answer.reason
+        else:
+            found.setdefault(answer, []).append(index)
+    if not found:
+        raise InputError(f"{describe(unusable, len(clips))}; accepted: at least one usable clip; see to the files")
+    return Groups({shape: np.array(found[shape]) for shape in sorted(found)}, unusable)
+
+
+def describe(unusable: Mapping[str, str], total: int) -> str:
+    """One line: how many clips of how many are left out, the commonest reasons, and a name for each."""
+    reasons = Counter(unusable.values()).most_common(3)
+    first = {reason: next(name for name, why in unusable.items() if why == reason) for reason, _ in reasons}
+    parts = [f"{count} x {reason} ({first[reason]}{', ..' if count > 1 else ''})" for reason, count in reasons]
+    return f"{len(unusable)} of {total} clips cannot be used" + (": " if parts else "") + "; ".join(parts)
+
+
+class Order:
+    """Which clip is sample `k`, for every k from 0 on, without end: each batch from one bucket, all of it shuffled.
+
+    In an epoch a bucket gives as many batches as it has clips for, rounded up; what rounding adds are its next clips,
+    so that in the long run every clip of a bucket is seen as often as any other.
+
+    Attributes:
+      batches: in an epoch.
+
+    Args:
+      buckets: shape -> indices of its clips.
+      size: samples in a batch, over all hosts.
+      seed: from 0 to 2^32 - 1.
+    """
+
+    def __init__(self, buckets: Mapping[Shape, np.ndarray], size: int, seed: int = 0):
+        self.size = size
+        self.shapes = list(buckets)
+        counts = [-(-len(buckets[shape]) // size) for shape in self.shapes]
+        self._ends = np.cumsum(counts)
+        self.batches = int(self._ends[-1])
+        # Both shuffles are anew in every epoch, and need no memory however many clips there are.
+        self._batches = grain.MapDataset.range(self.batches).shuffle(seed=seed)
+        self._members = [buckets[shape] for shape in self.shapes]
+        self._places = [grain.MapDataset.range(len(members)).shuffle(seed=seed) for members in self._members]
+
+    def __getitem__(self, sample: int) -> int:
+        """Index of the clip that is sample `sample`."""
+        batch, place = divmod(int(sample), self.size)
+        bucket, number = self._find(batch)
+        return int(self._members[bucket][self._places[bucket][number * self.size + place]])
+
+    def shape(self, batch: int) -> Shape:
+        """Frames, height and width of the clips in batch `batch`."""
+        return self.shapes[self._find(batch)[0]]
+
+    def _find(self, batch: int) -> tuple[int, int]:
+        """The bucket of a batch, and the batch's number among all that this bucket ever gives."""
+        slot: Any = self._batches[batch]  # a number, which Grain's types do not say
+        bucket = int(np.searchsorted(self._ends, slot, side="right"))
+        start = int(self._ends[bucket - 1]) if bucket else 0
+        count = int(self._ends[bucket]) - start
+        return bucket, batch // self.batches * count + slot - start
+
+
+class Usable:
+    """`Clips` in which the next usable one of the same bucket stands in for one that turns out to be unusable.
+
+    Which one that is depends on the index alone, so not on what was read before, nor on which host.
+
+    Attributes:
+      skipped: name -> reason, of the clips that turned out to be unusable so far.
+
+    Args:
+      clips: that may raise `UnusableClip`.
+      buckets: shape -> indices; only these may be asked for.
+    """
+
+    def __init__(self, clips: Clips, buckets: Mapping[Shape, np.ndarray]):
+        self.clips = clips
+        self.skipped: dict[str, str] = {}
+        self._bucket = {int(index): members for members in buckets.values() for index in members}
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:
+        """Clip `index`, or what stands in for it.
+
+        Raises:
+          InputError: no clip of the bucket can be used.
+        """
+        members = self._bucket[index]
+        first = int(np.searchsorted(members, index))
+        for candidate in np.roll(members, -first):
+            try:
+                return self.clips[int(candidate)]
+            except UnusableClip as error:
+                if error.name not in self.skipped:
+                    logger.warning("left out: %s", error)
+                self.skipped[error.name] = error.reason
+        raise InputError(
+            f"none of {len(members)} clips of shape {self.clips.shape(index)} can be decoded; accepted: at least one; "
+            "see to the files, or leave them out of the manifest"
+        )
+
+    def shape(self, index: int) -> Shape:
+        """Frames, height and width of clip `index`, and of what stands in for it."""
+        return self.clips.shape(index)
