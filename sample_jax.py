@@ -39,6 +39,9 @@ HELP = {
     "save_latents": ".npy [1, 16, f, h, w]: also write the normalised latents",
     "quantize": "format of the weights and products of the DiT's blocks (default: as the checkpoint is)",
     "attention": "kernel of self-attention; auto: the best exact one; int8fp8: in 8 bits (on GPUs cuDNN's bfloat16)",
+    "cache": "run the DiT's blocks at some steps only: off, fixed:K, teacache:T or magcache:T",
+    "cfg_cache": "run the unconditional branch at every K-th step of the later part only: off or K",
+    "calibration": "file made by python -m wanjax.calibrate, for teacache and magcache",
     "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
 }
 CHOICES = {
@@ -69,6 +72,7 @@ def parse(argv: list[str] | None = None) -> SampleConfig:
     for name, text in HELP.items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=TYPES.get(name, str), choices=CHOICES.get(name), help=text)
+    parser.add_argument("--fast", action="store_true", default=None, help="the best of the caches together")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     file = given.pop("config", None)
     config = load_config(file, SampleConfig) if file else SampleConfig()
@@ -98,6 +102,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- the work
     result = pipeline.sample(plan)
+
+    if plan.caching is not None:
+        share = result.evaluations / config.steps
+        print(f"DiT evaluations: {result.evaluations:g} of {config.steps} ({share:.0%})")
 
     # ---- files appear whole or not at all
     if config.save_latents:

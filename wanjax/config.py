@@ -175,6 +175,10 @@ class SampleConfig:
     mesh: str | None = None  # as `sharding.mesh.parse_mesh` takes it; None: `sharding.mesh.sampling_mesh` chooses
     quantize: Literal["off", "fp8", "int8"] | None = None  # of the DiT's blocks; None: as the checkpoint is
     attention: Attention = "auto"  # of the DiT's self-attention; see `wanjax.ops.attention.kernel`
+    cache: str | None = None  # off, fixed:K, teacache:T or magcache:T; see `wanjax.caching`; None: off
+    cfg_cache: str | None = None  # off, or K: the unconditional branch at every K-th step; None: off
+    calibration: str | None = None  # file of `python -m wanjax.calibrate`, for teacache and magcache
+    fast: bool = False  # `wanjax.caching.FAST` where the three above are None
     note: str | None = None  # printed before sampling
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from sharding.mesh import make_mesh, parse_mesh, sampling_mesh
 from sharding.rules import parameter_sharding, replicate
 from sharding.ulysses import check_heads
-from wanjax import conditioning, images, media, solvers, text
+from wanjax import caching, calibration, conditioning, images, media, solvers, text
 from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
 from wanjax.convert import Checkpoint
 from wanjax.convert.mapping import NetworkName
@@ -62,15 +62,19 @@ class Plan:
     schedule: solvers.Schedule
     noise: np.ndarray  # [1, f, h, w, c] float32
     mesh: Mesh
+    caching: caching.Rules | None = None  # None: every step does everything
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """`latents` [1, f, h, w, c] float32, normalised; `video` uint8 `[F, H, W, 3]`; seconds by stage."""
+    """`latents` [1, f, h, w, c] float32, normalised; `video` uint8 `[F, H, W, 3]`; seconds by stage; `evaluations` of
+    the DiT, of one of two branches half.
+    """
 
     latents: np.ndarray
     video: np.ndarray
     seconds: dict[str, float]
+    evaluations: float
 
 
 def prepare(config: SampleConfig) -> Plan:
@@ -106,6 +110,7 @@ def prepare(config: SampleConfig) -> Plan:
     prompts = [config.prompt] if config.guidance == 1 else [config.prompt, negative]
     ids, mask = text.Tokenizer(checkpoint.tokenizer_dir, dit.text_len)(prompts)
     shift = config.shift or checkpoint.flow_shift or SHIFTS[task]
+    schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
     return Plan(
         config=config,
         checkpoint=checkpoint,
@@ -120,8 +125,9 @@ def prepare(config: SampleConfig) -> Plan:
         clip_pixels=_stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures if clip]),
         ids=ids,
         mask=mask,
-        schedule=solvers.make_schedule(config.solver, config.steps, shift, config.conventions),
+        schedule=schedule,
         mesh=choose_mesh(config, dit),
+        caching=caching.make_rules(config, schedule, read_calibration(config, checkpoint, task, shift)),
         noise=make_noise(config, (1, f, *conditioning.latent_size(height, width), dit.out_channels)),
     )
 
@@ -154,6 +160,23 @@ def choose_task(dit: DiTConfig, config: SampleConfig) -> conditioning.Task:
     return asked
 
 
+def read_calibration(
+    config: SampleConfig, checkpoint: Checkpoint, task: conditioning.Task, shift: float
+) -> calibration.Calibration | None:
+    """The calibration that is asked for, if it is for this run.
+
+    Raises:
+      InputError: it is not, or cannot be read.
+    """
+    if config.calibration is None:
+        return None
+    measured = calibration.read(config.calibration)
+    weights = calibration.fingerprint(checkpoint)
+    run = {"weights": weights, "task": task, "shift": shift, "solver": config.solver, "conventions": config.conventions}
+    measured.check(config.calibration, **run)
+    return measured
+
+
 def choose_size(config: SampleConfig, pictures: list[Any]) -> tuple[int, int]:
     """Height and width in pixels: as given, or else with the first picture's aspect ratio at the configured area."""
     if config.height is not None and config.width is not None:
@@ -173,15 +196,22 @@ def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
     """The mesh that is asked for, of all devices; by default a good one, on CPUs of one device.
 
     Raises:
-      InputError: the mesh does not fit the devices, or the heads.
+      InputError: the mesh does not fit the devices, the heads, or the CFG cache.
     """
     devices = jax.devices()
+    apart = config.guidance != 1  # the branches of guidance on different devices
+    _, _, every = caching.switches(config)
     if config.mesh is not None:
         shape = parse_mesh(config.mesh, len(devices))
     else:
         devices = devices[:1] if devices[0].platform == "cpu" else devices
-        shape = sampling_mesh(len(devices), dit.num_heads, config.guidance != 1)
+        shape = sampling_mesh(len(devices), dit.num_heads, apart and every == 1)
     check_heads(dit.num_heads, shape.ulysses)
+    if apart and every > 1 and shape.batch == 2:
+        raise InputError(
+            f"cfg-cache {every} on mesh {shape}, where the unconditional branch's own devices would wait; "
+            "data * fsdp other than 2 is accepted; give those devices to ring or ulysses, or leave --cfg-cache out"
+        )
     return make_mesh(shape, devices)
 
 
@@ -213,14 +243,14 @@ def sample(plan: Plan) -> Result:
         with _stage("VAE encode", plan.noise.shape[1], seconds) as tick:
             control = encode_control(plan, vae, tick)
         with _stage("denoise", plan.config.steps, seconds) as tick:
-            latents = denoise(plan, features, image, control, tick)
+            latents, evaluations = denoise(plan, features, image, control, tick)
         if not jnp.isfinite(latents).all():
             raise InputError(
                 "the latents became NaN or infinite; finite weights and noise are needed; try --dtype float32"
             )
         with _stage("VAE decode", plan.noise.shape[1], seconds) as tick:
             video = decode(vae, latents, tick)
-    return Result(np.asarray(latents), video, seconds)
+    return Result(np.asarray(latents), video, seconds, evaluations)
 
 
 @contextlib.contextmanager
@@ -271,19 +301,26 @@ def denoise(
     image: jax.Array | None,
     control: jax.Array | None,
     tick: Callable[[], None] = lambda: None,
-) -> jax.Array:
-    """Latents `[1, f, h, w, c]`, float32, from the plan's noise."""
+) -> tuple[jax.Array, float]:
+    """Latents `[1, f, h, w, c]`, float32, from the plan's noise; and evaluations of the DiT."""
     dit = _load(plan, "dit", plan.dit)
     if image is not None:
         image = jnp.repeat(image, len(features), axis=0)  # both branches of guidance see the frames
     context = _context(dit, features, image)
     dit = dit.without_context()  # frees a quarter of the weights
     state = solvers.init(jnp.asarray(plan.noise))
+    rules, cache = plan.caching, None
+    if rules is not None:
+        cache = caching.init(dit, rules, state.sample, control, len(features))
     for i in range(plan.config.steps):
-        state = denoise_steps(dit, plan.schedule, state, control, context, plan.config.guidance, i, i + 1)
+        inputs = (control, context, plan.config.guidance, i, i + 1)
+        if rules is None or cache is None:
+            state = denoise_steps(dit, plan.schedule, state, *inputs)
+        else:
+            state, cache = caching.denoise_steps(dit, plan.schedule, rules, (state, cache), *inputs)
         jax.block_until_ready(state)  # so that the progress bar tells the truth
         tick()
-    return state.sample
+    return state.sample, float(cache.evaluations) if cache is not None else float(plan.config.steps)
 
 
 @functools.partial(jax.jit, donate_argnames="state")

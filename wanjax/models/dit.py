@@ -45,6 +45,18 @@ class Context(NamedTuple):
     v_image: jax.Array | None
 
 
+class Tokens(NamedTuple):
+    """What goes into the blocks beside the context: tokens `[b, l, e]`, l padded to what the mesh divides; embedding
+    of the timestep `[b, e]` and its projection `[b, 6, e]`, both float32; positions; patches along f, h and w.
+    """
+
+    x: jax.Array
+    time: jax.Array
+    modulation: jax.Array
+    rotation: Rotation
+    grid: tuple[int, int, int]
+
+
 class DiT(nnx.Module):
     """Predicts the velocity of noisy latents."""
 
@@ -115,20 +127,38 @@ class DiT(nnx.Module):
         Returns:
           `[b, f, h, w, out_channels]`, float32.
         """
+        tokens = self.embed(latents, timestep)
+        return self.velocity(self.run_blocks(tokens.x, tokens, context, remat), tokens)
+
+    def embed(self, latents: jax.Array, timestep: jax.Array) -> Tokens:
+        """What goes into the blocks; arguments as of the whole network."""
         c = self.config
         x, grid = self.patch_embedding(latents.astype(c.dtype))  # [b, l, e], l padded to what the mesh divides
         rotation = make_rotation(grid, c.head_dim, x.shape[1])
         time = self.time_embedding(timestep_features(timestep, c.freq_dim), jax.nn.silu)  # [b, e]
         modulation = self.time_projection(jax.nn.silu(time)).reshape(-1, 6, c.dim)  # [b, 6, e]
+        return Tokens(x, time, modulation, rotation, grid)
+
+    def first_input(self, tokens: Tokens) -> jax.Array:
+        """What the first block's self-attention sees, `[b, l, e]`: cheap, and changes as the network's result does."""
+        first = self.stacks[0]
+        m = gather(first.modulation[...][0])[None] + tokens.modulation  # [b, 6, e]
+        return modulate(tokens.x, m[:, :1], m[:, 1:2], first.eps)
+
+    def run_blocks(self, x: jax.Array, tokens: Tokens, context: Context, remat: Remat = "none") -> jax.Array:
+        """All blocks, nearly all of the work: `[b, l, e]` -> `[b, l, e]`; `tokens` of batch b or 1."""
 
         def step(x: jax.Array, layer: tuple[Block, Context]) -> tuple[jax.Array, None]:
             block, block_context = layer
             x = checkpoint_name(x, "block_input")
-            return block(x, modulation, rotation, block_context), None
+            return block(x, tokens.modulation, tokens.rotation, block_context), None
 
-        x, _ = scan(rematerialised(step, remat), x, self.stacks, context)
-        velocity = constrain(self.head(x, time), "batch", None, None)[:, : rotation.length]
-        return unpatchify(velocity, grid, c.patch_size)  # [b, f, h, w, c]
+        return scan(rematerialised(step, remat), x, self.stacks, context)[0]
+
+    def velocity(self, x: jax.Array, tokens: Tokens) -> jax.Array:
+        """Tokens behind the blocks `[b, l, e]` to velocity `[b, f, h, w, c]`, float32; `tokens` of batch b or 1."""
+        velocity = constrain(self.head(x, tokens.time), "batch", None, None)[:, : tokens.rotation.length]
+        return unpatchify(velocity, tokens.grid, self.config.patch_size)  # [b, f, h, w, c]
 
 
 def rematerialised(step: Step, remat: Remat) -> Step:

@@ -1,0 +1,301 @@
+"""Caches: which steps run the network, what they reuse, and that a switch that is off leaves no trace."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sample_jax
+from sharding.mesh import MeshShape, make_mesh
+from sharding.rules import shard_parameters
+from tests.test_sample import DIFFUSERS, OFFICIAL, flags, refused
+from wanjax import caching, pipeline, solvers
+from wanjax.caching import RETAINED, SKIPS, magnitude_schedule, make_rules
+from wanjax.calibration import Calibration
+from wanjax.config import DiTConfig, SampleConfig
+from wanjax.errors import InputError
+from wanjax.models.dit import Context, DiT, unpatchify
+
+STEPS, GUIDANCE, SHAPE = 10, 4.0, (1, 3, 6, 8, 16)
+NETWORK = DiTConfig(
+    dim=64, ffn_dim=96, num_heads=4, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=24, image_positions=6
+)
+SCHEDULE = solvers.make_schedule("unipc", STEPS, shift=5.0)
+CALIBRATION = Calibration(
+    weights="", task="flf2v", shift=5.0, solver="unipc", conventions="official", steps=STEPS, guidance=GUIDANCE,
+    frames=9, height=48, width=64, prompts=1, sigmas=tuple(SCHEDULE.sigmas[:-1].tolist()),
+    magnitude=tuple(np.linspace(0, 0.4, STEPS).tolist()), input_change=(0.1,) * (STEPS - 1),
+    residual_change=(0.1,) * (STEPS - 1), polynomial=(1.0, 1.0, 0.01), thresholds={},
+)  # fmt: skip
+
+
+class ConstantResidual(DiT):
+    """Its blocks add the same to any tokens, another for each branch; tokens, 64 wide, are velocity patches."""
+
+    def run_blocks(self, x, tokens, context, remat="none"):
+        return x + context.k[0, :, 0, :1, :1]
+
+    def velocity(self, x, tokens):
+        return unpatchify(x, tokens.grid, self.config.patch_size)
+
+
+def network(cls=DiT):
+    """A network with no parameter at zero, which is what the head starts with."""
+    dit = cls(NETWORK, nnx.Rngs(0))
+    leaves, tree = jax.tree.flatten(dit)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+def inputs(branches):
+    keys = jax.random.split(jax.random.key(2), 4)
+    noise, control = jax.random.normal(keys[0], SHAPE), jax.random.normal(keys[1], (*SHAPE[:-1], 20))
+    text, image = jax.random.normal(keys[2], (branches, 8, 16)), jax.random.normal(keys[3], (1, 6, 24))
+    return noise, control, text, jnp.repeat(image, branches, axis=0)
+
+
+def rules_of(cache="off", cfg_cache="off", calibration=CALIBRATION):
+    return make_rules(SampleConfig(cache=cache, cfg_cache=cfg_cache, guidance=GUIDANCE), SCHEDULE, calibration)
+
+
+def run(rules, branches=2, cls=DiT, shape=None, parts=((0, STEPS),), steps=None):
+    """Latents and evaluations of a run, by the rules, or plain without any."""
+    mesh = make_mesh(shape or MeshShape(), jax.devices()[: math.prod(shape or (1,))])
+    with jax.set_mesh(mesh):
+        dit = jax.jit(shard_parameters)(network(cls))
+        noise, control, text, image = inputs(branches)
+        context = jax.jit(DiT.context)(dit, text, image)
+        state = solvers.init(noise)
+        if rules is None:
+            state = pipeline.denoise_steps(dit, SCHEDULE, state, control, context, GUIDANCE, 0, STEPS)
+            return np.asarray(state.sample), float(STEPS)
+        carry = state, caching.init(dit, rules, noise, control, branches)
+        for start, stop in parts:
+            carry = (steps or caching.denoise_steps)(
+                dit, SCHEDULE, rules, carry, control, context, GUIDANCE, start, stop
+            )
+        return np.asarray(carry[0].sample), float(carry[1].evaluations)
+
+
+def reference(cache, every=1, threshold=None):
+    """The same run in a loop on the host, one thing after the other: latents, evaluations, steps that ran the blocks.
+
+    `cache`: `[n]` bool, whether the blocks must run; with `threshold`, teacache decides about the others.
+    """
+    dit = network()
+    noise, control, text, image = inputs(2)
+    context = dit.context(text, image)
+    embed, blocks = jax.jit(DiT.embed), jax.jit(DiT.run_blocks)
+    alone = Context(*(x[:, :1] for x in context))
+    state, total, count, ran, since = solvers.init(noise), 0.0, 0.0, [], 0
+    residual, before, difference = None, None, None
+    for i in range(STEPS):
+        tokens = embed(dit, jnp.concatenate([state.sample, control], -1), SCHEDULE.timesteps[i][None])
+        first = np.asarray(dit.first_input(tokens), np.float64)
+        fresh = bool(cache[i])
+        if threshold is not None and before is not None:
+            total += max(0.0, np.polyval(CALIBRATION.polynomial, abs(first - before).sum() / abs(before).sum()))
+            fresh = fresh or total >= threshold
+        before, total = first, 0.0 if fresh else total
+        x = jnp.repeat(tokens.x, 2, axis=0)
+        if fresh and i >= 4 and since + 1 < every:  # 4 is 40% of the steps
+            out = blocks(dit, tokens.x, tokens, alone)
+            residual = jnp.concatenate([out - tokens.x, residual[1:]])
+            positive = dit.velocity(out, tokens)
+            negative, since, count = positive + difference, since + 1, count + 0.5
+        elif fresh:
+            residual = blocks(dit, x, tokens, context) - x
+            positive, negative = jnp.split(dit.velocity(x + residual, tokens), 2)
+            difference, since, count = negative - positive, 0, count + 1
+        else:
+            positive, negative = jnp.split(dit.velocity(x + residual, tokens), 2)
+            negative = positive + difference if since else negative
+        ran += [i] if fresh else []
+        state = solvers.step(SCHEDULE, i, state, negative + GUIDANCE * (positive - negative))
+    return np.asarray(state.sample), count, ran
+
+
+@functools.cache
+def plain():
+    return run(None)[0]
+
+
+def close(ours, expected):
+    assert np.abs(ours - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+# ---------------------------------------------------------------------------------------------------------- what is off
+
+
+def test_off_is_the_plain_program():
+    for cache, cfg_cache in (("off", "off"), ("fixed:1", "1"), (None, None)):
+        assert rules_of(cache, cfg_cache) is None
+
+
+def test_off_is_the_plain_result(tmp_path, capsys):
+    latents = []
+    for switches in ({}, {"cache": "fixed:1", "cfg_cache": "1"}, {"cache": "fixed:2"}):
+        sample_jax.main(
+            flags(DIFFUSERS, steps=3, **switches, save_latents=tmp_path / "l.npy", output=tmp_path / "v.npy")
+        )
+        latents.append(np.load(tmp_path / "l.npy"))
+    np.testing.assert_array_equal(latents[1], latents[0])
+    assert np.abs(latents[2] - latents[0]).max() > 1e-4
+    assert capsys.readouterr().out.count("DiT evaluations: 2 of 3 (67%)") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ which steps run
+
+
+@pytest.mark.parametrize("k", [2, 3, 20])
+def test_fixed_runs_every_kth_step(k):
+    rules = rules_of(f"fixed:{k}")
+    assert np.flatnonzero(rules.fresh).tolist() == list(range(0, STEPS, k))
+    latents, evaluations = run(rules)
+    assert evaluations == math.ceil(STEPS / k)
+    expected, count, _ = reference(rules.fresh)
+    assert count == evaluations
+    close(latents, expected)
+    assert np.abs(latents - plain()).max() > 1e-3 * np.abs(plain()).max()
+
+
+def test_what_is_skipped_is_not_computed(monkeypatch):
+    """The block stack's executions, counted where it runs."""
+    executed = []
+
+    def counted(self, x, *args):
+        jax.debug.callback(lambda: executed.append(len(x)))
+        return original(self, x, *args)
+
+    original = DiT.run_blocks
+    monkeypatch.setattr(DiT, "run_blocks", counted)
+    steps = jax.jit(lambda *args: caching.denoise_steps.__wrapped__(*args))  # not traced yet
+    for switches, expected in (
+        (("fixed:3", "off"), [2, 2, 2, 2]),
+        (("off", "3"), [2, 2, 2, 2, 1, 1, 2, 1, 1, 2]),
+        (("fixed:2", "2"), [2, 2, 1, 2, 1]),
+    ):
+        evaluations = run(rules_of(*switches), steps=steps)[1]
+        jax.effects_barrier()
+        assert sorted(executed) == sorted(expected)
+        assert evaluations == sum(expected) / 2
+        executed.clear()
+
+
+@pytest.mark.parametrize("threshold", [1e-6, 1.0, 100.0])
+def test_teacache_adds_up_changes(threshold):
+    rules = rules_of(f"teacache:{threshold}")
+    latents, evaluations = run(rules)
+    expected, count, ran = reference(rules.fresh, threshold=threshold)
+    assert evaluations == count
+    assert {1e-6: len(ran) == STEPS, 1.0: 2 < len(ran) < STEPS, 100.0: ran == [0, STEPS - 1]}[threshold]
+    close(latents, expected)
+
+
+def test_magcache_adds_up_errors():
+    steps = 20
+    first = math.ceil(RETAINED * steps)
+    still = magnitude_schedule(np.ones(steps), 0.1)
+    assert np.flatnonzero(still).tolist() == [
+        *range(first),
+        first + SKIPS,
+        first + 2 * SKIPS + 1,
+        first + 3 * SKIPS + 2,
+    ]
+    growing = magnitude_schedule(np.full(steps, 1.1), 0.35)  # errors 0.1, 0.21 and 0.331 a step: the third is too much
+    assert np.flatnonzero(growing).tolist() == [*range(first), *range(first + 2, steps, 3)]
+    assert magnitude_schedule(np.full(steps, 1.2), 0.1).all()
+    rules = rules_of("magcache:0.1")
+    latents, evaluations = run(rules)
+    assert evaluations == rules.fresh.sum() < STEPS
+    close(latents, reference(rules.fresh)[0])
+
+
+@pytest.mark.parametrize(("cache", "k"), [("off", 2), ("off", 4), ("fixed:2", 2), ("teacache:1.0", 3)])
+def test_cfg_cache(cache, k):
+    rules = rules_of(cache, str(k))
+    latents, evaluations = run(rules)
+    fresh = np.ones(STEPS, bool) if rules.fresh is None else rules.fresh
+    expected, count, _ = reference(fresh, k, 1.0 if "teacache" in cache else None)
+    assert evaluations == count < run(rules_of(cache))[1]
+    close(latents, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ exactness
+
+
+@pytest.mark.parametrize("switches", [("fixed:4", "off"), ("off", "3"), ("fixed:2", "2"), ("teacache:1", "2")])
+def test_what_does_not_change_may_be_reused(switches):
+    """With a residual that is the same at every step, the caches change nothing but the last bits."""
+    expected = run(None, cls=ConstantResidual)[0]
+    latents, evaluations = run(rules_of(*switches), cls=ConstantResidual)
+    assert evaluations < STEPS
+    close(latents, expected)
+
+
+def test_parts_of_a_run_are_the_run():
+    rules = rules_of("teacache:1.0", "2")
+    whole = run(rules)
+    parts = run(rules, parts=[(i, i + 1) for i in range(STEPS)])
+    np.testing.assert_array_equal(whole[0], parts[0])
+    assert whole[1] == parts[1]
+
+
+def test_without_guidance():
+    rules = make_rules(SampleConfig(cache="fixed:2", guidance=1, fast=True), SCHEDULE)
+    assert rules.late is None
+    latents, evaluations = run(rules, branches=1)
+    assert evaluations == 5
+    assert np.isfinite(latents).all()
+
+
+@pytest.mark.parametrize(
+    ("switches", "shape"),
+    [
+        (("fixed:2", "off"), MeshShape(data=2, ring=2, ulysses=2)),
+        (("teacache:1.0", "2"), MeshShape(ring=2, ulysses=4)),
+        (("off", "3"), MeshShape(data=4, ulysses=2)),
+    ],
+)
+def test_sharded_equals_unsharded(switches, shape):
+    expected, evaluations = run(rules_of(*switches))
+    latents, sharded_evaluations = run(rules_of(*switches), shape=shape)
+    assert sharded_evaluations == evaluations
+    close(latents, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("switches", "words"),
+    [
+        ({"cache": "fixed:0"}, ["cache 'fixed:0'", "fixed:K", "--cache fixed:2"]),
+        ({"cache": "fixed:1.5"}, ["fixed:1.5", "accepted"]),
+        ({"cache": "teacache"}, ["'teacache'", "teacache:T"]),
+        ({"cache": "magcache:nan"}, ["magcache:nan"]),
+        ({"cache": "often"}, ["often", "accepted: off"]),
+        ({"cache": "teacache:0.1"}, ["teacache needs measurements", "--calibration", "python -m wanjax.calibrate"]),
+        ({"cache": "magcache:0.1"}, ["magcache needs measurements", "--calibration", "python -m wanjax.calibrate"]),
+        ({"cfg_cache": "0"}, ["cfg-cache '0'", "--cfg-cache 2"]),
+        ({"cfg_cache": "2", "guidance": 1}, ["cfg-cache 2 with guidance 1", "leave --cfg-cache out"]),
+        ({"cfg_cache": "2", "mesh": "data=2,ulysses=4"}, ["cfg-cache 2 on mesh data=2", "ring or ulysses"]),
+        ({"calibration": "nowhere.json"}, ["nowhere.json", "cannot be read", "wanjax.calibrate"]),
+    ],
+)
+def test_bad_switches(tmp_path, switches, words):
+    refused(flags(OFFICIAL, **switches, output=tmp_path / "v.npy"), words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_flags_override_the_preset():
+    assert caching.switches(SampleConfig(fast=True, cache="off", cfg_cache="off")) == ("off", 0.0, 1)
+    assert caching.switches(SampleConfig(fast=True)) != ("off", 0.0, 1)
+    with pytest.raises(InputError):
+        caching.switches(SampleConfig(fast=True, cache="x"))
