@@ -18,6 +18,7 @@ from wanjax.errors import InputError
 HELP = {
     "workdir": "folder for checkpoints and metrics",
     "checkpoint": "weights to start from: a folder in the Diffusers or the official layout",
+    "encoders": "checkpoint whose VAE, umT5 and CLIP encode the clips (default: --checkpoint)",
     "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
     "batch": "samples in a step, over all hosts",
     "accumulate": "parts of a batch, computed one after the other",
@@ -74,8 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     from sharding.mesh import make_mesh, parse_mesh
     from wanjax.checkpoint import Checkpoints
     from wanjax.data.batch import Batches
-    from wanjax.data.synthetic import Synthetic
+    from wanjax.data.sources import open_data
     from wanjax.training import loop, plan
+    from wanjax.training.export import export
     from wanjax.training.state import abstract_state, init_state
 
     # ---- processes, before anything asks for a device
@@ -84,34 +86,38 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- everything that can be wrong, before hours of work
     shape = parse_mesh(config.mesh, jax.device_count())
-    dit = plan.network(config)
-    tokens = plan.check(config, dit, shape)
+    objective = plan.objective(config)
+    plan.check(config, objective, shape)
     assert config.workdir is not None
     with jax.set_mesh(make_mesh(shape)):
         # ---- state: of the newest checkpoint, or of the beginning
         checkpoints = Checkpoints(config.workdir, config.keep)
         if checkpoints.latest is None:
-            state, position = init_state(config, dit), 0
+            state, position = init_state(config, objective), 0
         else:
-            state, position = checkpoints.restore(abstract_state(config, dit))
+            state, position = checkpoints.restore(abstract_state(config, objective))
         if distributed.is_main():
             size = sum(x.size for x in jax.tree.leaves(state.model))
-            print(f"{dit.task}, {size:,} parameters on {jax.device_count()} devices ({shape}), step {int(state.step)}")
-            print(f"data: {config.data}; {config.batch} samples and {tokens:,} tokens a step")
+            what = type(objective).__name__
+            print(f"{what}, {size:,} parameters on {jax.device_count()} devices ({shape}), step {int(state.step)}")
+            print(f"{config.data}; {config.batch} samples and {objective.units:,} units a step")
 
         # ---- data, at the state's position
-        batches = Batches(Synthetic(config, dit), config.batch, position)
+        data = open_data(config, objective)
+        batches = Batches(data.source, config.batch, position, encode=data.encode)
 
         # ---- the work
         try:
             with distributed.notice_lost_hosts():
-                finished = loop.train(config, state, batches, checkpoints, tokens)
+                state, finished = loop.train(config, objective, state, batches, checkpoints)
         except distributed.LostHostError as error:
             print(f"error: {error}", file=sys.stderr)
             distributed.leave(1)
         except loop.NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
+        if finished:
+            print(f"weights: {export(config, objective, state.best)}")
         if distributed.is_main():
             how = "done" if finished else "stopped by SIGTERM; the same command goes on"
             print(f"{how}: step {checkpoints.latest} in {checkpoints.path}")

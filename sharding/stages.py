@@ -16,12 +16,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from sharding.rules import activation_spec, parameter_sharding
 from wanjax import conditioning, pipeline, solvers
 from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, TrainConfig, UMT5Config, VAEConfig
-from wanjax.data.batch import Batch
+from wanjax.data.batch import Encoded
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT
 from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
-from wanjax.training.state import TrainState, make_optimizer
+from wanjax.training.flow_matching import FlowMatching
+from wanjax.training.state import new_state
 from wanjax.training.step import make_step
 
 
@@ -148,17 +149,14 @@ def train_step(config: TrainConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
     """One optimiser step on a whole batch."""
     dit = dataclasses.replace(dit, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
 
-    def make() -> TrainState:
-        model: Any = DiT(dit, nnx.Rngs(0))  # optax's types do not know modules
-        number = jnp.zeros((), jnp.int32)
-        return TrainState(number, number, model, make_optimizer(config).init(model))
-
+    objective = FlowMatching(config, dit)
+    state = shapes.like(jax.eval_shape(lambda: new_state(config, objective.make(nnx.Rngs(0)))))
     size = latent_shape(config)
     channels = dit.in_channels - dit.out_channels
     split = ("batch", None, None, None, None)
-    batch = Batch(
+    batch = Encoded(
         shapes.array((config.batch, *size, dit.out_channels), jnp.float32, *split),
         *features(shapes, dit, config.batch),
         shapes.array((config.batch, *size, channels), jnp.float32, *split) if channels else None,
     )
-    return Stage(make_step(config), (shapes.like(jax.eval_shape(make)), batch))
+    return Stage(make_step(config, objective), (state, batch))

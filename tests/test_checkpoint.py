@@ -12,12 +12,14 @@ from sharding.mesh import MeshShape, make_mesh
 from wanjax.checkpoint import Checkpoints
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.errors import InputError
+from wanjax.training.flow_matching import FlowMatching
 from wanjax.training.state import abstract_state
 
 DIT = DiTConfig(
     dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
 )
 CONFIG = TrainConfig(dit=DIT)
+OBJECTIVE = FlowMatching(CONFIG, DIT)
 SHAPE = MeshShape(fsdp=2, ring=2, ulysses=2)
 
 
@@ -33,7 +35,7 @@ def state_of(step):
         values = rng.standard_normal(leaf.shape) if leaf.ndim else np.full((), step)
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
-    return jax.tree.map(draw, abstract_state(CONFIG, DIT))
+    return jax.tree.map(draw, abstract_state(CONFIG, OBJECTIVE))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_restores_on_any_mesh(saved, shape):
     with on(SHAPE):
         expected = jax.device_get(state_of(3))
     with on(shape):
-        abstract = abstract_state(CONFIG, DIT)
+        abstract = abstract_state(CONFIG, OBJECTIVE)
         state, position = Checkpoints(saved).restore(abstract)
         assert position == 30
         for ours, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
@@ -76,7 +78,7 @@ def test_what_was_half_written_does_not_count(saved, tmp_path):
         checkpoints.save(state_of(4), 40)
         checkpoints.wait()
         assert checkpoints.latest == 4
-        assert checkpoints.restore(abstract_state(CONFIG, DIT))[1] == 40
+        assert checkpoints.restore(abstract_state(CONFIG, OBJECTIVE))[1] == 40
         checkpoints.close()
 
 
@@ -90,7 +92,7 @@ def test_what_was_half_written_does_not_count(saved, tmp_path):
 )
 def test_another_model_is_refused(saved, change, message):
     with on(SHAPE), pytest.raises(InputError, match=message) as error:
-        Checkpoints(saved).restore(abstract_state(CONFIG, dataclasses.replace(DIT, **change)))
+        Checkpoints(saved).restore(abstract_state(CONFIG, FlowMatching(CONFIG, dataclasses.replace(DIT, **change))))
     assert "\n" not in str(error.value)
 
 
@@ -98,5 +100,5 @@ def test_damage_is_refused(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     (tmp_path / "run/checkpoints/3/state/_METADATA").write_text("{")
     with on(SHAPE), pytest.raises(InputError, match="cannot be read") as error:
-        Checkpoints(tmp_path / "run").restore(abstract_state(CONFIG, DIT))
+        Checkpoints(tmp_path / "run").restore(abstract_state(CONFIG, OBJECTIVE))
     assert "\n" not in str(error.value)

@@ -13,8 +13,9 @@ from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.data.batch import make_batch
 from wanjax.data.synthetic import Synthetic
+from wanjax.training.flow_matching import FlowMatching
 from wanjax.training.state import abstract_state
-from wanjax.training.step import add_noise, gradients
+from wanjax.training.step import gradients
 
 DIT = DiTConfig(
     dim=64,
@@ -54,7 +55,7 @@ def on(shape):
 
 def random_state(config, dit=DIT):
     """A state in which no weight is zero, so that every gradient counts; the same on every mesh."""
-    abstract = abstract_state(config, dit)
+    abstract = abstract_state(config, FlowMatching(config, dit))
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -72,10 +73,10 @@ def loss_and_gradients(config, shape):
     """Of step 0, on the host, and the gradients' shardings."""
     with on(shape):
         state = random_state(config)
-        batch = make_batch(Synthetic(config, DIT), 0, config.batch)
+        batch, objective = make_batch(Synthetic(config, DIT), 0, config.batch), FlowMatching(config, DIT)
 
         def run(state, batch):
-            return gradients(config, state.model, add_noise(config, batch, state.key()))
+            return gradients(config, objective, state.model, objective.prepare(batch, state.key()))
 
         loss, grads = jax.jit(run, compiler_options=FAST)(state, batch)
         for g, x in zip(jax.tree.leaves(grads), jax.tree.leaves(state.model), strict=True):

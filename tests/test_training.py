@@ -1,6 +1,7 @@
 """The step's optimiser, what makes a step fail, and every run that cannot be made."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -17,14 +18,24 @@ from wanjax.data.batch import Batches, make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
 from wanjax.training import loop, plan
-from wanjax.training.state import abstract_state, init_state
+from wanjax.training.flow_matching import FlowMatching
+from wanjax.training.state import _learning_rate, abstract_state, init_state
 from wanjax.training.step import train_step
 
 DIT = DiTConfig(
     dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
 )
 CONFIG = TrainConfig(
-    workdir="unused", dit=DIT, height=32, width=32, frames=5, batch=4, accumulate=2, warmup=0, learning_rate=1e-2
+    workdir="unused",
+    dit=DIT,
+    height=32,
+    width=32,
+    frames=5,
+    batch=4,
+    accumulate=2,
+    warmup=0,
+    learning_rate=1e-2,
+    ema_decay=0.9,
 )
 FAST = {"xla_backend_optimization_level": 0}  # compiling is all the time there is
 
@@ -38,11 +49,12 @@ def mesh():
 @pytest.fixture(scope="module")
 def run(mesh):
     """A compiled step in bfloat16, and the state of step 0 on the host, as the step overwrites what it is given."""
-    dit = plan.network(CONFIG)
-    assert dit.dtype == jnp.bfloat16
-    state = init_state(CONFIG, dit)
-    batch = make_batch(Synthetic(CONFIG, dit, distinct=1), 0, CONFIG.batch)
-    step = jax.jit(lambda state, batch: train_step(CONFIG, state, batch), donate_argnums=0, compiler_options=FAST)
+    objective = plan.objective(CONFIG)
+    assert objective.dit.dtype == jnp.bfloat16
+    state = init_state(CONFIG, objective)
+    batch = make_batch(Synthetic(CONFIG, objective.dit, distinct=1), 0, CONFIG.batch)
+    train = functools.partial(train_step, CONFIG, objective)
+    step = jax.jit(train, donate_argnums=0, compiler_options=FAST)
     return step, state, jax.device_get(state), batch
 
 
@@ -52,17 +64,17 @@ def place(host, like):
 
 def test_state_is_sharded_from_the_start(mesh, run):
     _, _, host, _ = run
-    abstract = abstract_state(CONFIG, plan.network(CONFIG))
+    abstract = abstract_state(CONFIG, plan.objective(CONFIG))
     arrays = [leaf for leaf in jax.tree.leaves(abstract) if leaf.ndim]
     assert all(leaf.dtype == jnp.float32 for leaf in arrays)
-    assert len(arrays) == 3 * len(jax.tree.leaves(host.model))  # weights and two moments
+    assert len(arrays) == 4 * len(jax.tree.leaves(host.model))  # weights, their average and two moments
     here = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in arrays)
     assert here < 1.01 / 8 * sum(leaf.size for leaf in arrays)  # but for the head's bias
 
 
 def test_overfits_one_sample(mesh, run):
     step, _, host, batch = run
-    state = place(host, abstract_state(CONFIG, plan.network(CONFIG)))
+    state = place(host, abstract_state(CONFIG, plan.objective(CONFIG)))
     losses = []
     for _ in range(60):
         before = state
@@ -72,7 +84,7 @@ def test_overfits_one_sample(mesh, run):
     assert all(x.is_deleted() for x in jax.tree.leaves(before.model))  # donated
     assert int(state.step) == 60
     for new, old in zip(
-        jax.tree.leaves(state), jax.tree.leaves(abstract_state(CONFIG, plan.network(CONFIG))), strict=True
+        jax.tree.leaves(state), jax.tree.leaves(abstract_state(CONFIG, plan.objective(CONFIG))), strict=True
     ):
         assert new.sharding == old.sharding
         assert new.dtype == old.dtype
@@ -81,7 +93,7 @@ def test_overfits_one_sample(mesh, run):
 
 def test_a_step_that_is_not_finite_changes_nothing(mesh, run):
     step, _, host, batch = run
-    state = place(host, abstract_state(CONFIG, plan.network(CONFIG)))
+    state = place(host, abstract_state(CONFIG, plan.objective(CONFIG)))
     state, metrics = step(state, batch._replace(text=batch.text * jnp.nan))
     assert not metrics.finite
     for new, old in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(host), strict=True):
@@ -151,4 +163,28 @@ def test_bad_input(monkeypatch, flags, message):
 
 def test_heads_that_ulysses_does_not_divide():
     with pytest.raises(InputError, match="ulysses=8 cannot split 12"):
-        plan.check(CONFIG, dataclasses.replace(DIT, num_heads=12), MeshShape(ulysses=8))
+        plan.check(CONFIG, FlowMatching(CONFIG, dataclasses.replace(DIT, num_heads=12)), MeshShape(ulysses=8))
+
+
+@pytest.mark.parametrize("cooldown", [0, 5])
+def test_learning_rate_rises_and_falls(cooldown):
+    config = dataclasses.replace(CONFIG, steps=20, warmup=4, cooldown=cooldown, learning_rate=1.0)
+    rate = _learning_rate(config)
+    assert [float(rate(step)) for step in (0, 2, 4, 14)] == [0, 0.5, 1, 1]
+    assert float(rate(20)) == (0 if cooldown else 1)
+
+
+def test_muon_updates_kernels_and_leaves_the_mesh_alone(mesh, run):
+    """Every kernel's update is orthogonal: its singular values are about as large as one another."""
+    _, _, _host, batch = run
+    config = dataclasses.replace(CONFIG, optimizer="muon", learning_rate=0.02, weight_decay=0.0)
+    objective = plan.objective(config)
+    state = init_state(config, objective)
+    step = jax.jit(functools.partial(train_step, config, objective), compiler_options=FAST)
+    new, metrics = step(state, batch)
+    assert metrics.finite
+    assert jax.tree.map(lambda x: x.sharding, new) == jax.tree.map(lambda x: x.sharding, state)
+    change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), new.model, state.model)
+    singular = np.linalg.svd(change.head.linear.kernel[...], compute_uv=False)
+    assert singular.max() < 1.5 * 0.02 * 2  # 64 -> 64: the learning rate, but for Newton and Schulz's roughness
+    assert np.median(singular) > 0.5 * 0.02

@@ -187,18 +187,99 @@ Remat = Literal["none", "block", "attention", "dots", "offload"]
 
 
 @dataclasses.dataclass(frozen=True)
+class SyntheticData:
+    """Noise that stands for encoded clips: for tests and measurements, see `wanjax.data.synthetic`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapesData:
+    """The demo's procedural clips of the seeds from `first_seed` on, see `wanjax.data.shapes`."""
+
+    kind: Literal["all", "different", "fine"]
+    first_seed: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoData:
+    """Video files: `path` is a folder of them or a manifest, see `wanjax.data.manifest`."""
+
+    path: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedData:
+    """Clips encoded before the run, in a folder that `python -m wanjax.data.cache` writes from the clips `of`."""
+
+    path: str
+    of: ShapesData | VideoData
+
+
+Data = SyntheticData | ShapesData | VideoData | CachedData
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMix:
+    """What a sample's model is given, drawn for each one: weights of the tasks (see `wanjax.conditioning`), which need
+    not sum to one.
+
+    Continuation is given 2 to `max_count` of the first frames; interpolation, 2 to `max_given` frames anywhere.
+    `caption_dropout` is the share of samples whose caption is empty, for guidance; `image_dropout`, of those whose CLIP
+    features are zero. `variants` is how many draws of a task each clip has: the n-th time round, draw n modulo
+    `variants` (a cache holds all of them).
+    """
+
+    t2v: float = 0.0
+    i2v: float = 0.0
+    flf2v: float = 0.0
+    continuation: float = 0.0
+    interpolation: float = 0.0
+    max_count: int = 25
+    max_given: int = 4
+    caption_dropout: float = 0.1
+    image_dropout: float = 0.0
+    variants: int = 1
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By task."""
+        return {name: getattr(self, name) for name in ("t2v", "i2v", "flf2v", "continuation", "interpolation")}
+
+
+@dataclasses.dataclass(frozen=True)
+class TowersConfig:
+    """A text encoder and a CLIP vision tower that learn from one another, see `wanjax.training.contrastive`.
+
+    `words` are all that the text encoder knows, `text_len` the length it is trained at, `width` that of the space that
+    both are projected to.
+    """
+
+    umt5: UMT5Config
+    clip: CLIPConfig
+    words: tuple[str, ...]
+    text_len: int = 80
+    width: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Everything `train_jax.py` needs; its flags are some of these fields.
 
     The learning rate and the weight decay are the paper's (arXiv 2503.20314); mean, standard deviation and shift of the
     timesteps were not published.
+
+    What is trained is the one of `dit`, `vae` and `towers` that is given; without any, the checkpoint's DiT.
     """
 
     workdir: str | None = None  # checkpoints and metrics; a run that finds some there goes on from them
     checkpoint: str | None = None  # weights to start from, in the Diffusers or the official layout
+    encoders: str | None = None  # checkpoint whose VAE, umT5 and CLIP encode the clips; None: as `checkpoint`
     dit: DiTConfig | None = None  # without a checkpoint: the network, its weights random
+    vae: VAEConfig | None = None
+    towers: TowersConfig | None = None
     mesh: str = "fsdp=-1"  # as `sharding.mesh.parse_mesh` takes it
-    data: Literal["synthetic"] = "synthetic"  # noise that stands for encoded clips: for tests and measurements
+    data: Data = SyntheticData()
+    tasks: TaskMix = TaskMix(flf2v=1.0)
     height: int = 480  # pixels
     width: int = 832
     frames: int = 81
@@ -208,10 +289,19 @@ class TrainConfig:
     seed: int = 0
     learning_rate: float = 1e-4
     warmup: int = 100  # steps over which the learning rate rises from 0
+    cooldown: int = 0  # last steps, over which it falls to 0
+    optimizer: Literal["adamw", "muon"] = "adamw"  # see `wanjax.training.state.make_optimizer`
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 1e-3  # of kernels only
     clip_norm: float = 1.0  # of all gradients together
+    ema_decay: float | None = None  # of the moving average of the weights; None: there is none
+    snippet: tuple[int, int, int] = (
+        17,
+        256,
+        256,
+    )  # VAE: frames (4n + 1), height and width that it learns from at a time
+    kl_weight: float = 1e-4  # VAE: of the latents' divergence from N(0, 1), per latent number
     sigma_mean: float = 0.0  # of the normal under the sigmoid, see `wanjax.flow`
     sigma_std: float = 1.0
     shift: float = 3.0

@@ -6,8 +6,11 @@ is one number, and a run that was saved on some hosts goes on with the very next
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
@@ -15,8 +18,27 @@ from jax.sharding import NamedSharding
 from sharding.rules import activation_spec
 
 
-class Sample(NamedTuple):
-    """An encoded clip; a `Batch` is the same with a leading batch axis.
+class Pixels(NamedTuple):
+    """A clip and what is to be made of it; a batch of them is the same with a leading batch axis, on the mesh.
+
+    video: uint8 `[F, H, W, 3]`.
+    given: bool `[F]`, the frames that the model is given, see `wanjax.conditioning`.
+    ids, mask: tokens of the caption `[l]` and which of them are text, see `wanjax.text.Tokenizer`.
+    clip: the first and the last given frame as CLIP takes them, float32 `[2, s, s, 3]`; None for a network without
+      images.
+    has_image: bool `[2]`, whether each of the two is there.
+    """
+
+    video: Any
+    given: Any
+    ids: Any
+    mask: Any
+    clip: Any
+    has_image: Any
+
+
+class Encoded(NamedTuple):
+    """An encoded clip; a batch of them is the same with a leading batch axis, on the mesh.
 
     latents: of the VAE, normalised, `[f, h, w, c]`.
     text: umT5 features `[l, text_dim]`, zero rows behind the caption.
@@ -24,31 +46,28 @@ class Sample(NamedTuple):
     control: control branch `[f, h, w, 4 + c]`, see `wanjax.conditioning`; None for a network without one.
     """
 
-    latents: np.ndarray
-    text: np.ndarray
-    image: np.ndarray | None
-    control: np.ndarray | None
-
-
-class Batch(NamedTuple):
-    """`Sample`s on the mesh, with a leading batch axis."""
-
-    latents: jax.Array
-    text: jax.Array
-    image: jax.Array | None
-    control: jax.Array | None
+    latents: Any
+    text: Any
+    image: Any
+    control: Any
 
 
 class Source(Protocol):
-    """Samples by number, without end."""
+    """Samples by number, without end: NamedTuples of arrays, all of the same shapes, or None."""
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Any:
         """Sample `index`, from 0."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Which clip sample `index` is, for messages."""
         ...
 
 
 class Batches:
     """Endless batches on the ambient mesh; an iterator whose position can be saved and set.
+
+    Some batches are made ahead, by threads, while the devices compute.
 
     Attributes:
       position: batches handed out so far; all there is to save.
@@ -57,40 +76,68 @@ class Batches:
       source: of the samples.
       size: samples in a batch, over all hosts.
       position: batches to leave out.
+      encode: applied to each batch on the mesh.
+      ahead: batches made ahead.
     """
 
-    def __init__(self, source: Source, size: int, position: int = 0):
-        self.source = source
-        self.size = size
-        self.position = position
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        position: int = 0,
+        *,
+        encode: Callable[[Any], Any] | None = None,
+        ahead: int = 4,
+    ):
+        self.source, self.size, self.position, self.encode = source, size, position, encode
+        rows = host_rows(size)
+        numbers = grain.MapDataset.range(position, sys.maxsize)
+        samples = numbers.map(lambda number: [source[int(number) * size + row] for row in rows])
+        options = grain.ReadOptions(num_threads=min(ahead, 2), prefetch_buffer_size=ahead)
+        self._parts = iter(samples.to_iter_dataset(options))
 
     def __iter__(self) -> Batches:
         return self
 
-    def __next__(self) -> Batch:
-        batch = make_batch(self.source, self.position * self.size, self.size)
+    def __next__(self) -> Any:
+        batch = place(next(self._parts), self.size)
         self.position += 1
-        return batch
+        return batch if self.encode is None else self.encode(batch)
+
+    def names(self, number: int) -> list[str]:
+        """The clips of batch `number`."""
+        return [self.source.name(number * self.size + row) for row in range(self.size)]
 
 
-def make_batch(source: Source, start: int, size: int) -> Batch:
+def make_batch(source: Source, start: int, size: int) -> Any:
     """Samples `start` to `start + size - 1` as a batch, split over the ambient mesh by its rules."""
+    return place([source[start + row] for row in host_rows(size)], size)
+
+
+def host_rows(size: int) -> list[int]:
+    """The rows of a batch that this host's devices hold."""
     mesh = jax.sharding.get_mesh()
+    parts: Any = (
+        NamedSharding(mesh, activation_spec((size,), "batch")).addressable_devices_indices_map((size,)).values()
+    )
+    return sorted({row for (part,) in parts for row in range(*part.indices(size))})
 
-    def sharding(shape: tuple[int, ...]) -> NamedSharding:
-        return NamedSharding(mesh, activation_spec(shape, "batch", *(None,) * (len(shape) - 1)))
 
-    rows: Any = sharding((size,)).addressable_devices_indices_map((size,)).values()
-    wanted = sorted({i for (part,) in rows for i in range(*part.indices(size))})
-    samples = {i: source[start + i] for i in wanted}
+def _rows(index: Any, size: int) -> range:
+    """The rows of a device's part."""
+    return range(*index[0].indices(size))
 
-    def assemble(*parts: np.ndarray) -> jax.Array:
-        by_row = dict(zip(wanted, parts, strict=True))
 
-        def read(index: Any) -> np.ndarray:
-            return np.stack([by_row[i] for i in range(*index[0].indices(size))])
+def place(samples: Sequence[Any], size: int) -> Any:
+    """This host's samples, one for each of `host_rows`, as a batch on the ambient mesh."""
+    mesh, rows = jax.sharding.get_mesh(), host_rows(size)
 
-        shape = (size, *parts[0].shape)
-        return jax.make_array_from_callback(shape, sharding(shape), read)
+    def assemble(*values: np.ndarray) -> jax.Array:
+        by_row = dict(zip(rows, values, strict=True))
+        shape = (size, *values[0].shape)
+        sharding = NamedSharding(mesh, activation_spec(shape, "batch", *(None,) * (len(shape) - 1)))
+        return jax.make_array_from_callback(
+            shape, sharding, lambda index: np.stack([by_row[row] for row in _rows(index, size)])
+        )
 
-    return Batch(*jax.tree.map(assemble, *samples.values()))
+    return jax.tree.map(assemble, *samples)

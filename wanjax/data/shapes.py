@@ -57,9 +57,9 @@ _WAYS = {  # axis, sign -> words
 _TAG = 0x5A9E5  # keeps these random numbers apart from others drawn from the same seeds
 _STILL = 0.35  # share of the clips of kind "all" whose end frames are nearly equal
 _ARC = 0.32  # height of an arc / way along the main axis
-_GROWTH = 1.4
+_GROWTH = 1.3
 _MARGIN = 0.13  # centres keep away from the border
-_EDGE = 1.5  # softness of edges, pixels
+_EDGE = 2.5  # softness of edges, pixels
 _SAMPLES = {"all": 1, "different": 1, "fine": 2}  # per pixel and side
 
 
@@ -153,6 +153,10 @@ class Shapes:
         """Frames, height and width, the same for every clip."""
         return self.frames, self.size, self.size
 
+    def other_caption(self, index: int, rng: np.random.Generator) -> str:
+        """A caption of clip `index` that is wrong about one thing, or gives two figures one another's."""
+        return describe(_changed(draw_scene(self.first_seed + int(index), self.kind), rng))
+
 
 def caption(seed: int, kind: Kind = "all") -> str:
     """The caption of a seed's clip, without drawing it."""
@@ -172,9 +176,9 @@ def draw_scene(seed: int, kind: Kind = "all") -> Scene:
         [[-1, -1, 0], [-2, -2, 0], [-2, -2, 0]], [[1, 1, 2 * np.pi], [2, 2, 2 * np.pi], [2, 2, 2 * np.pi]]
     )
     figures: list[Figure] = []
-    for i in range(int(rng.choice([1, 2, 3], p=[0.25, 0.4, 0.35]))):
+    for i in range(int(rng.choice([1, 2, 3], p=[0.35, 0.45, 0.2]))):
         verb = "drifts" if not far else "stays" if i and rng.random() < 0.15 else "moves"
-        drawn = [_draw_figure(rng, verb, (names[i], names[i + 3])) for _ in range(8)]
+        drawn = [_draw_figure(rng, verb, (names[i], names[i + 3])) for _ in range(4)]
         # Of some, the one that is best seen in the end frames.
         figures.append(max(drawn, key=lambda figure: _clearance(figure, figures)))
     return Scene(tuple(figures), (background[0], background[1]), waves)
@@ -193,7 +197,7 @@ def _draw_figure(rng: np.random.Generator, verb: str, colours: tuple[str, str]) 
     start, end = ((middle + sign * way / 2)[::-1] if axis else middle + sign * way / 2 for sign in (-1, 1))
     changes = verb != "drifts"  # a drifting figure's ends are to be nearly equal
     growth = int(rng.choice([-1, 0, 1])) if changes else 0
-    scale = {-1: _GROWTH, 0: rng.uniform(1.0, 1.3), 1: 1.0}[growth]  # none is ever too small or too large
+    scale = {-1: _GROWTH, 0: rng.uniform(1.0, _GROWTH), 1: 1.0}[growth]  # none is ever too small or too large
     return Figure(
         shape=str(rng.choice(list(SHAPES))),
         striped=bool(rng.random() < 0.5),
@@ -201,8 +205,8 @@ def _draw_figure(rng: np.random.Generator, verb: str, colours: tuple[str, str]) 
         verb=verb,
         start=(float(start[0]), float(start[1])),
         end=(float(end[0]), float(end[1])),
-        bend=int(rng.choice([-1, 0, 1])) if verb != "stays" else 0,
-        radius=float(scale * rng.uniform(0.125, 0.16)),
+        bend=int(rng.choice([-1, 0, 1], p=[0.25, 0.5, 0.25])) if verb != "stays" else 0,
+        radius=float(scale * rng.uniform(0.15, 0.19)),
         growth=growth,
         angle=float(rng.uniform(0, 2 * np.pi)),
         turn=int(rng.choice([-1, 0, 1])) if changes else 0,
@@ -213,6 +217,29 @@ def _clearance(figure: Figure, others: list[Figure]) -> float:
     """Least distance of its centre from the others', in the two end frames."""
     ends = np.array([(other.start, other.end) for other in others]).reshape(-1, 2, 2)
     return float(np.linalg.norm(ends - [figure.start, figure.end], axis=-1).min(initial=1))
+
+
+def _changed(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with something else happening to a figure, or with two figures' doings exchanged."""
+    figures = list(scene.figures)
+    i = int(rng.integers(len(figures)))
+    figure, way = (
+        figures[i],
+        str(rng.choice(["bend", "bend", "turn", "growth", "end", "shape", "exchange", "exchange"])),
+    )
+    if way in ("bend", "turn", "growth") and figure.verb != "stays":
+        others = [value for value in (-1, 0, 1) if value != getattr(figure, way)]
+        figures[i] = figure._replace(**{way: int(rng.choice(others))})
+    elif way == "end" and figure.verb != "stays":
+        figures[i] = figure._replace(start=figure.end, end=figure.start)
+    elif way == "exchange" and len(figures) > 1:
+        j = (i + 1) % len(figures)
+        other = figures[j]
+        figures[i] = other._replace(shape=figure.shape, colours=figure.colours, striped=figure.striped)
+        figures[j] = figure._replace(shape=other.shape, colours=other.colours, striped=other.striped)
+    if describe(scene._replace(figures=tuple(figures))) == describe(scene):
+        figures[i] = figure._replace(shape=str(rng.choice([name for name in SHAPES if name != figure.shape])))
+    return scene._replace(figures=tuple(figures))
 
 
 # ------------------------------------------------------------------------------------------------------------ caption

@@ -10,7 +10,7 @@ import numpy as np
 
 from wanjax import conditioning
 from wanjax.config import DiTConfig, TrainConfig
-from wanjax.data.batch import Sample
+from wanjax.data.batch import Encoded
 
 
 class Synthetic:
@@ -29,7 +29,7 @@ class Synthetic:
         self.mask = np.asarray(conditioning.latent_mask(given[None], *self.shape[1:3]))[0]  # [f, h, w, 4]
         self.dit, self.seed, self.distinct = dit, config.seed, distinct
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, from 0."""
         number = index if self.distinct is None else index % self.distinct
         rng = np.random.default_rng((self.seed, number))
@@ -38,7 +38,11 @@ class Synthetic:
         text = _normal(rng, (c.text_len, c.text_dim))
         image = None if c.image_dim is None else _normal(rng, (c.image_positions or 257, c.image_dim))
         text[int(rng.integers(1, c.text_len + 1)) :] = 0  # behind the caption
-        return Sample(latents, text, image, self._control(latents))
+        return Encoded(latents, text, image, self._control(latents))
+
+    def name(self, index: int) -> str:
+        """Which of the different samples it is."""
+        return f"synthetic-{index if self.distinct is None else index % self.distinct}"
 
     def _control(self, latents: np.ndarray) -> np.ndarray | None:
         if self.dit.in_channels == self.dit.out_channels:

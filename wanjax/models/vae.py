@@ -135,14 +135,19 @@ class VAE(nnx.Module):
         Raises:
           InputError: the frames have another shape.
         """
+        (mean, _), cache = self.moments(frames, cache)
+        latents = (mean - self._shift()) / self._scale()
+        return constrain(latents, "batch", None, None, None, None), cache
+
+    def moments(self, frames: jax.Array, cache: Cache = None) -> tuple[tuple[jax.Array, jax.Array], Cache]:
+        """Mean and log variance of the next latents `[b, f, h, w, z]`, not normalised, float32; see `encode_chunk`."""
         check_video(frames.shape, self.config, first=1 if cache is None else 0)
         height, width = (n // self.config.spatial_factor for n in frames.shape[2:4])
         frames = split_pictures(frames.astype(self.config.dtype), (height, width))
         x, cache = self.encoder(frames, cache)
         moments, _ = self.quant_conv(x)
-        mean = moments[..., : self.config.z_dim].astype(jnp.float32)  # the solver's dtype
-        latents = (mean - self._shift()) / self._scale()
-        return constrain(latents, "batch", None, None, None, None), cache
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # the solver's dtype
+        return (mean, log_variance), cache
 
     def decode_chunk(self, latents: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
         """Decodes the next latent frames of a clip.
@@ -162,9 +167,13 @@ class VAE(nnx.Module):
         height, width = latents.shape[2:4]
         latents = split_pictures(latents, (height, width))
         raw = latents.astype(jnp.float32) * self._scale() + self._shift()  # in float32: it undoes a float32 division
-        x, _ = self.post_quant_conv(raw.astype(self.config.dtype))
-        video, cache = self.decoder(x, cache)
+        video, cache = self.reconstruct(raw, cache)
         return jnp.clip(video, -1, 1), cache
+
+    def reconstruct(self, raw: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
+        """The next frames from latents that are not normalised; they are not clamped. See `decode_chunk`."""
+        x, _ = self.post_quant_conv(raw.astype(self.config.dtype))
+        return self.decoder(x, cache)
 
     def _shift(self) -> jax.Array:
         return jnp.asarray(self.config.latents_mean, jnp.float32)

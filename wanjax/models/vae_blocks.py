@@ -10,6 +10,7 @@ On a mesh `x` and `cache` are split over batch, height and width, as the network
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -26,6 +27,12 @@ from wanjax.ops.conv import conv2d
 
 Cache = jax.Array | tuple["Cache", ...] | None
 kernel_init = jax.nn.initializers.lecun_normal()
+
+
+def bias_init(key: jax.Array, dim: int, kernel: jax.Array) -> jax.Array:
+    """Small numbers, not zeros: a grey frame would become all zeros, and the norms' gradients have no bound there."""
+    bound = math.prod(kernel.shape[:-1]) ** -0.5
+    return jax.random.uniform(key, (dim,), kernel.dtype, -bound, bound)
 
 
 class Block(Protocol):
@@ -112,7 +119,7 @@ class Norm(nnx.Module):
         # As a product, not a reduction: XLA on a CPU then sums in the same order whatever the number of frames, so
         # that chunks give the whole clip's bits. On a TPU both compile to the same program.
         squares = jnp.einsum("...c,c->...", x32 * x32, ones, precision="highest")[..., None]  # [b, f, h, w, 1]
-        length = jnp.maximum(jnp.sqrt(squares), 1e-12)
+        length = jnp.sqrt(jnp.maximum(squares, 1e-24))  # in this order its gradient at zero is a number
         return (x32 / length * x.shape[-1] ** 0.5 * gather(self.scale[...])).astype(x.dtype)
 
 
@@ -134,7 +141,7 @@ class Conv(nnx.Module):
     ):
         kernel = kernel_init(rngs.params(), (*size, in_dim, out_dim), config.param_dtype)
         self.kernel = nnx.Param(kernel, axes=(None, None, None, "mlp", "embed"))
-        self.bias = nnx.Param(jnp.zeros((out_dim,), config.param_dtype), axes=("embed",))
+        self.bias = nnx.Param(bias_init(rngs.params(), out_dim, kernel), axes=("embed",))
         self.time_stride = time_stride
 
     def __call__(self, x: jax.Array, cache: Cache = None) -> tuple[jax.Array, Cache]:
@@ -156,7 +163,7 @@ class FrameConv(nnx.Module):
     def __init__(self, in_dim: int, out_dim: int, config: VAEConfig, rngs: nnx.Rngs, *, stride: int):
         kernel = kernel_init(rngs.params(), (3, 3, in_dim, out_dim), config.param_dtype)
         self.kernel = nnx.Param(kernel, axes=(None, None, "mlp", "embed"))
-        self.bias = nnx.Param(jnp.zeros((out_dim,), config.param_dtype), axes=("embed",))
+        self.bias = nnx.Param(bias_init(rngs.params(), out_dim, kernel), axes=("embed",))
         self.stride = stride
 
     def __call__(self, x: jax.Array) -> jax.Array:

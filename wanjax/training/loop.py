@@ -20,6 +20,7 @@ from sharding.distributed import is_main
 from wanjax.checkpoint import Checkpoints
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
+from wanjax.training.objective import Objective
 from wanjax.training.state import TrainState
 from wanjax.training.step import make_step
 
@@ -28,24 +29,26 @@ class NonFiniteError(RuntimeError):
     """Loss or gradients of a step were infinite or not a number; one line, as `InputError`'s."""
 
 
-def train(config: TrainConfig, state: TrainState, batches: Batches, checkpoints: Checkpoints, tokens: int) -> bool:
+def train(
+    config: TrainConfig, objective: Objective, state: TrainState, batches: Batches, checkpoints: Checkpoints
+) -> tuple[TrainState, bool]:
     """Train until `config.steps`, or until the run is told to stop; the state is on disk when this returns.
 
     Args:
       config: of the run.
+      objective: what it trains.
       state: to go on from; its memory is reused.
       batches: at the state's position.
       checkpoints: of the run.
-      tokens: of a batch, to tell the speed.
 
     Returns:
-      Whether the last step was reached; False after SIGTERM.
+      The state, and whether the last step was reached; False after SIGTERM.
 
     Raises:
       NonFiniteError: loss or gradients are not finite; checkpoints stay as they were.
     """
     step, position = int(state.step), batches.position
-    train_step = make_step(config)
+    train_step = make_step(config, objective)
     metrics_file = MetricsFile(Path(config.workdir or "."), step)
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_main())
     with bar, stop_requested() as stop:
@@ -61,13 +64,15 @@ def train(config: TrainConfig, state: TrainState, batches: Batches, checkpoints:
             if not values.finite:
                 raise NonFiniteError(_non_finite(step, values, checkpoints.latest))
             metrics_file.write(step, loss=values.loss, grad_norm=values.grad_norm, seconds=seconds)
-            bar.set_postfix_str(f"loss {values.loss:.4f}, {seconds:.2f} s/step, {tokens / seconds:,.0f} tokens/s")
+            bar.set_postfix_str(
+                f"loss {values.loss:.4f}, {seconds:.2f} s/step, {objective.units / seconds:,.0f} units/s"
+            )
             bar.update()
             if step % config.save_every == 0:
                 checkpoints.save(state, position)
         checkpoints.save(state, position)
         checkpoints.wait()
-    return not stopped
+    return state, not stopped
 
 
 def _non_finite(step: int, values: Any, saved: int | None) -> str:

@@ -12,6 +12,26 @@ from wanjax import conditioning
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
+from wanjax.training.contrastive import Contrastive
+from wanjax.training.flow_matching import FlowMatching
+from wanjax.training.objective import Objective
+from wanjax.training.reconstruction import Reconstruction
+
+
+def objective(config: TrainConfig) -> Objective:
+    """What the run trains.
+
+    Raises:
+      InputError: it is none of what there is, or more than one; or as `network`.
+    """
+    given = [name for name in ("dit", "vae", "towers") if getattr(config, name) is not None]
+    if len(given) > 1:
+        raise InputError(f"networks {' and '.join(given)} to train; one is accepted; leave the others None")
+    if config.vae is not None:
+        return Reconstruction(config, config.vae)
+    if config.towers is not None:
+        return Contrastive(config, config.towers)
+    return FlowMatching(config, network(config))
 
 
 def network(config: TrainConfig) -> DiTConfig:
@@ -45,8 +65,8 @@ def network(config: TrainConfig) -> DiTConfig:
     return dit
 
 
-def check(config: TrainConfig, dit: DiTConfig, mesh: MeshShape) -> int:
-    """Tokens of a batch, if the run can be made.
+def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
+    """Whether the run can be made.
 
     Raises:
       InputError: a number is out of range, or does not divide by another.
@@ -57,7 +77,10 @@ def check(config: TrainConfig, dit: DiTConfig, mesh: MeshShape) -> int:
         if getattr(config, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(config, name)}; whole numbers from 1 are accepted; use {flag} 1")
-    check_heads(dit.num_heads, mesh.ulysses)
+    if isinstance(objective, Contrastive) and config.accumulate > 1:
+        raise InputError("--accumulate for contrastive learning; clips are compared with the whole batch; use 1")
+    if isinstance(objective, FlowMatching):
+        check_heads(objective.dit.num_heads, mesh.ulysses)
     if config.batch % config.accumulate:
         raise InputError(
             f"batch {config.batch} in {config.accumulate} parts; the parts must be of the same size; "
@@ -71,7 +94,5 @@ def check(config: TrainConfig, dit: DiTConfig, mesh: MeshShape) -> int:
             f"a part must be 1 or a multiple of {mesh.batch}; use --batch {fits}, "
             "or give devices to ring and ulysses"
         )
-    frames = conditioning.latent_frames(config.frames)
-    height, width = conditioning.latent_size(config.height, config.width)
-    patch_frames, patch_height, patch_width = dit.patch_size
-    return config.batch * (frames // patch_frames) * (height // patch_height) * (width // patch_width)
+    conditioning.latent_frames(config.frames)
+    conditioning.latent_size(config.height, config.width)

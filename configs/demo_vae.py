@@ -1,0 +1,40 @@
+"""The demo's VAE: Wan-VAE at 0.3% of its size, from scratch on the procedural clips.
+
+    python train_jax.py --config configs/demo_vae.py
+
+The first of the demo's five trainings; docs/training.md has them all.
+"""
+
+from wanjax.config import ShapesData, TrainConfig, VAEConfig
+
+
+def get_config() -> TrainConfig:
+    """The settings."""
+    return TrainConfig(
+        workdir="out/demo/vae",
+        # The statistics are measured when it is exported.
+        vae=VAEConfig(
+            dim=8,
+            z_dim=32,
+            dim_mult=(1, 2, 4, 8),
+            num_res_blocks=1,
+            latents_mean=(0.0,) * 32,
+            latents_std=(1.0,) * 32,
+        ),
+        data=ShapesData("all", first_seed=0, count=1_000_000),
+        height=64,
+        width=64,
+        frames=17,
+        snippet=(9, 48, 48),
+        kl_weight=3e-5,
+        batch=4,
+        steps=2500,
+        optimizer="muon",
+        learning_rate=0.02,
+        beta2=0.99,
+        warmup=50,
+        cooldown=1500,
+        ema_decay=0.995,
+        save_every=100,
+        dtype="float32",
+    )

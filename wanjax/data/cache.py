@@ -1,0 +1,261 @@
+"""Clips encoded once, before training: `python -m wanjax.data.cache --config configs/train_.. --out FOLDER`.
+
+The configuration is that of the training to come. Every clip is encoded with each of its `tasks.variants` draws of what
+is given. The folder holds ArrayRecord files, each of them written whole or not at all, and at last `index.json`; the
+same command goes on where an earlier one was stopped. Several processes on the same folder (`--processes`,
+`--process-id`) share the files among them. Training reads the folder as `CachedData`, and refuses it where frames,
+size, tasks, seed or encoders are not those it was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from flax import serialization
+from tqdm import tqdm
+
+from sharding.mesh import MeshShape, make_mesh
+from wanjax import conditioning
+from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
+from wanjax.convert import Checkpoint
+from wanjax.data.batch import Encoded, Pixels, place
+from wanjax.data.encode import Encoders
+from wanjax.data.samples import TaskSamples, dropped, shuffled
+from wanjax.errors import InputError
+
+CLIPS_PER_FILE = 256
+
+
+def fingerprint(path: str, network: str = "vae") -> str:
+    """Tells checkpoints' encoders apart: a hash of the VAE's tensor names and of some of its numbers."""
+    with Checkpoint(path).weights(network).open() as read:  # pyright: ignore[reportArgumentType]
+        keys = sorted(key for key, _ in Checkpoint(path).weights(network).items())  # pyright: ignore[reportArgumentType]
+        digest = hashlib.sha256()
+        for key in (keys[0], keys[len(keys) // 2], keys[-1]):
+            digest.update(key.encode() + np.ascontiguousarray(read(key)).view(np.uint8).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def description(config: TrainConfig) -> dict[str, Any]:
+    """What a cache and the training that reads it must have in common."""
+    tasks = dataclasses.asdict(config.tasks)
+    for name in ("caption_dropout", "image_dropout"):
+        del tasks[name]  # drawn at every reading
+    folder = config.encoders or config.checkpoint
+    return {
+        "frames": config.frames,
+        "height": config.height,
+        "width": config.width,
+        "seed": config.seed,
+        "tasks": tasks,
+        "encoders": None if folder is None else fingerprint(folder),
+    }
+
+
+class CachedSamples:
+    """`Source` of encoded clips from a cache; sample n is what `TaskSamples` and the encoders would make of it.
+
+    Args:
+      path: the cache's folder.
+      config: of the run.
+      dit: of the network.
+
+    Raises:
+      InputError: there is no whole cache, or it was made with other settings.
+    """
+
+    def __init__(self, path: str, config: TrainConfig, dit: DiTConfig):
+        index = Path(path) / "index.json"
+        if not index.is_file():
+            raise InputError(
+                f"{path} has no index.json; a finished cache is needed; run python -m wanjax.data.cache --out {path}"
+            )
+        self.index = json.loads(index.read_text())
+        for name, ours in description(config).items():
+            theirs = self.index[name]
+            if ours != theirs and not (name == "encoders" and ours is None):
+                raise InputError(f"cache {path} has {name} {theirs}, the run {ours}; they must agree; make a new cache")
+        self.config, self.dit = config, dit
+        self.count, self.names = len(self.index["names"]), self.index["names"]
+        self.order = shuffled(self.count, config.seed)
+        files = [str(Path(path) / name) for name in self.index["files"]]
+        self.records = grain.sources.ArrayRecordDataSource(files)
+        self.empty_text = _unpack((Path(path) / self.index["empty_text"]).read_bytes())["text"]
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Sample `index`, from 0."""
+        number, variant = self.place(index)
+        record = _unpack(self.records[number * self.config.tasks.variants + variant])
+        no_caption, no_images = dropped(self.config, index)
+        image = record.get("image")
+        return Encoded(
+            record["latents"],
+            _pad(self.empty_text if no_caption else record["text"], self.dit.text_len),
+            np.zeros_like(image) if no_images and image is not None else image,
+            _control(record),
+        )
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which clip sample `index` is, and which draw of what is given."""
+        return int(self.order[index]), index // self.count % self.config.tasks.variants
+
+    def name(self, index: int) -> str:
+        """Which clip it is of."""
+        return self.names[self.place(index)[0]]
+
+
+def _control(record: dict[str, np.ndarray]) -> np.ndarray | None:
+    if "known" not in record:
+        return None
+    mask = np.asarray(conditioning.latent_mask(record["given"][None], *record["known"].shape[1:3]))[0]
+    return np.concatenate([mask, record["known"]], axis=-1)  # [f, h, w, 4 + c]
+
+
+def _pack(encoded: Encoded, given: np.ndarray) -> bytes:
+    """A sample without what can be made again: the mask, and the zero rows behind the text."""
+    text = np.asarray(encoded.text)
+    arrays = {"latents": encoded.latents, "text": text[: _length(text)], "given": given}
+    if encoded.image is not None:
+        arrays["image"] = encoded.image
+    if encoded.control is not None:
+        arrays["known"] = encoded.control[..., conditioning.TEMPORAL_FACTOR :]
+    return serialization.msgpack_serialize({name: np.ascontiguousarray(x) for name, x in arrays.items()})
+
+
+def _unpack(data: bytes) -> Any:
+    return serialization.msgpack_restore(data)
+
+
+def _length(text: np.ndarray) -> int:
+    return int(np.flatnonzero(np.any(text != 0, axis=-1)).max(initial=-1)) + 1
+
+
+def _pad(text: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(text, ((0, length - len(text)), (0, 0)))
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def write_cache(
+    config: TrainConfig, samples: TaskSamples, encoders: Encoders, out: Path, share: tuple[int, int] = (0, 1)
+) -> None:
+    """Encode all clips of `samples` into `out`, on the ambient mesh; what is there already stays.
+
+    Args:
+      config: of the training to come; `batch` clips are encoded at a time.
+      samples, encoders: for it.
+      out: folder to write.
+      share: which process this is, and of how many that write the folder.
+
+    Raises:
+      InputError: the folder holds something else.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    about = description(config) | {"clips": len(samples.clips)}
+    plan = out / "plan.json"
+    if plan.exists() and json.loads(plan.read_text()) != json.loads(json.dumps(about)):
+        raise InputError(f"{out} holds the beginning of another cache; give another --out, or remove it")
+    if not plan.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and no cache; give another --out")
+    _write_whole(plan, json.dumps(about).encode())
+    count, variants = len(samples.clips), config.tasks.variants
+    files = [f"clips-{first:08d}.arrayrecord" for first in range(0, count, CLIPS_PER_FILE)]
+    mine = range(share[0], len(files), share[1])
+    with tqdm(total=len(mine) * CLIPS_PER_FILE * variants, unit="sample", dynamic_ncols=True) as bar:
+        for i in mine:
+            first, last = i * CLIPS_PER_FILE, min((i + 1) * CLIPS_PER_FILE, count)
+            if not (out / files[i]).exists():
+                places = [(clip, variant) for clip in range(first, last) for variant in range(variants)]
+                _write_file(out / files[i], encode_all(samples, encoders, places, config.batch, bar))
+    if not all((out / name).exists() for name in files):
+        return  # another process writes the rest, and then the index
+    _write_whole(out / "empty_text.msgpack", serialization.msgpack_serialize({"text": _empty_text(encoders)}))
+    names = [samples.clips[number].name for number in range(count)]
+    index = description(config) | {"names": names, "files": files, "empty_text": "empty_text.msgpack"}
+    _write_whole(out / "index.json", json.dumps(index).encode())
+
+
+def _empty_text(encoders: Encoders) -> np.ndarray:
+    text = np.asarray(encoders.empty_text())
+    return text[: _length(text)]
+
+
+def encode_all(
+    samples: TaskSamples, encoders: Encoders, places: list[tuple[int, int]], batch: int, bar: tqdm
+) -> Iterator[bytes]:
+    """The records of (clip, draw) pairs, in order; the last batch is filled up with repetitions."""
+    parts = [places[start : start + batch] for start in range(0, len(places), batch)]
+    read = grain.MapDataset.source(parts).map(lambda part: [samples.sample(*p) for p in part])
+    for part in read.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
+        filled: list[Pixels] = [*part, *[part[-1]] * (batch - len(part))]
+        encoded = jax.device_get(encoders(place(filled, batch)))
+        for i, pixels in enumerate(part):
+            yield _pack(jax.tree.map(lambda x, i=i: x[i], encoded), pixels.given)
+        bar.update(len(part))
+
+
+def _write_file(path: Path, records: Iterator[bytes]) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+    try:
+        for record in records:
+            writer.write(record)
+        writer.close()
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(data)
+    unfinished.rename(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser("python -m wanjax.data.cache", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", required=True, help="of the training to come")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--encoders", help="checkpoint whose VAE, umT5 and CLIP encode the clips")
+    parser.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
+    parser.add_argument("--processes", type=int, default=1, help="that write the same folder")
+    parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
+    flags = parser.parse_args(argv)
+    from wanjax.data.sources import open_clips
+    from wanjax.training import plan
+
+    config = load_config(flags.config, TrainConfig)
+    source = config.data.of if isinstance(config.data, CachedData) else config.data
+    config = dataclasses.replace(config, data=source, batch=flags.batch)
+    config = dataclasses.replace(config, encoders=flags.encoders or config.encoders)
+    dit = plan.network(config)
+    devices = jax.local_devices()
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=len(devices)), devices)):
+        encoders = Encoders(config, dit)
+        size = encoders.clip.image_size if encoders.clip else 0
+        samples = TaskSamples(open_clips(config), config, encoders.tokenizer, encoders.images, size)
+        write_cache(config, samples, encoders, Path(flags.out), (flags.process_id, flags.processes))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
