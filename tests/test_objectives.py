@@ -13,8 +13,8 @@ from sharding.rules import parameter_sharding
 from wanjax.config import CLIPConfig, DiTConfig, ShapesData, TowersConfig, TrainConfig, UMT5Config, VAEConfig
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import make_batch
-from wanjax.data.shapes import VOCABULARY
 from wanjax.data.samples import Pair
+from wanjax.data.shapes import VOCABULARY
 from wanjax.data.sources import open_clips, open_data
 from wanjax.data.vocabulary import vocabulary_size
 from wanjax.errors import InputError

@@ -269,10 +269,15 @@ def encode_text(plan: Plan) -> jax.Array:
 
 
 def encode_images(plan: Plan) -> jax.Array:
-    """CLIP features of the given frames one after the other, `[1, k tokens, image_dim]`."""
+    """CLIP features of the given frames one after the other, `[1, l, image_dim]`.
+
+    To an flf2v network a frame that is not given has features of zero, as it learned in training.
+    """
     clip = _load(plan, "clip", plan.clip)
     features = _encode_images(clip, plan.clip_pixels)  # [k, tokens, image_dim]
-    return jax.block_until_ready(features.reshape(1, -1, features.shape[-1]))  # [1, k tokens, image_dim]
+    features = features.reshape(1, -1, features.shape[-1])  # [1, k tokens, image_dim]
+    missing = max(plan.dit.image_positions - features.shape[1], 0)
+    return jax.block_until_ready(jnp.pad(features, ((0, 0), (0, missing), (0, 0))))  # [1, l, image_dim]
 
 
 def encode_control(plan: Plan, vae: VAE, tick: Callable[[], None] = lambda: None) -> jax.Array | None:
