@@ -2,7 +2,8 @@
 
     python sample_jax.py --checkpoint Wan2.1-FLF2V-14B-720P --first-frame a.png --last-frame b.png --prompt "..."
 
-Defaults come from --config (configs/*.py) and from the checkpoint; flags override them.
+Defaults come from --config (configs/*.py) and from the checkpoint; flags override them. Without either, the small model
+that ships with the package fills in between two frames of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from wanjax import demo
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 
@@ -75,8 +77,8 @@ def parse(argv: list[str] | None = None) -> SampleConfig:
     parser.add_argument("--fast", action="store_true", default=None, help="the best of the caches together")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     file = given.pop("config", None)
-    config = load_config(file, SampleConfig) if file else SampleConfig()
-    return dataclasses.replace(config, **given)
+    default = SampleConfig if "checkpoint" in given else demo.get_config
+    return dataclasses.replace(load_config(file, SampleConfig) if file else default(), **given)
 
 
 def main(argv: list[str] | None = None) -> None:

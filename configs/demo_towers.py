@@ -1,8 +1,8 @@
 """The demo's text encoder and CLIP tower, which learn from one another on the procedural clips and their captions.
 
-    python train_jax.py --config configs/demo_towers.py --encoders out/demo/vae/model
+    python train_jax.py --config configs/demo_towers.py --encoders out/demo/vae_long/model
 
-The second of the demo's five trainings; docs/training.md has them all. `--encoders` is only copied into the result.
+The third of the demo's six trainings; docs/training.md has them all. `--encoders` is only copied into the result.
 """
 
 from wanjax.config import CLIPConfig, ShapesData, TowersConfig, TrainConfig, UMT5Config
@@ -14,7 +14,7 @@ def get_config() -> TrainConfig:
     """The settings."""
     return TrainConfig(
         workdir="out/demo/towers",
-        encoders="out/demo/vae/model",
+        encoders="out/demo/vae_long/model",
         towers=TowersConfig(
             umt5=UMT5Config(
                 vocab_size=vocabulary_size(VOCABULARY), dim=128, ffn_dim=320, num_heads=4, head_dim=32, num_layers=3

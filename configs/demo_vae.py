@@ -1,8 +1,8 @@
-"""The demo's VAE: Wan-VAE at 0.3% of its size, from scratch on the procedural clips.
+"""The demo's VAE: Wan-VAE of two million parameters, from scratch on the procedural clips.
 
     python train_jax.py --config configs/demo_vae.py
 
-The first of the demo's five trainings; docs/training.md has them all.
+The first of the demo's six trainings; docs/training.md has them all.
 """
 
 from wanjax.config import ShapesData, TrainConfig, VAEConfig

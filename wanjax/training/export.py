@@ -29,7 +29,7 @@ CLIPS = 256
 def export(config: TrainConfig, objective: Objective, model: Any) -> Path:
     """Write the network, with everything else that `config.encoders` or `config.checkpoint` holds.
 
-    Matrices are written in bfloat16, as the published ones are, the VAE in float32. All processes have to call this.
+    Matrices are written in bfloat16, as most published ones are. All processes have to call this.
 
     Returns:
       The folder; it appears when it is complete.
@@ -53,14 +53,14 @@ def export(config: TrainConfig, objective: Objective, model: Any) -> Path:
 def networks(config: TrainConfig, objective: Objective, model: Any) -> dict[NetworkName, Any]:
     """What the checkpoint gets from the run."""
     if isinstance(objective, Reconstruction):
-        return {"vae": with_statistics(model, open_clips(config))}
+        return {"vae": with_statistics(rounded(model), open_clips(config))}
     if isinstance(objective, Contrastive):
         return {"umt5": rounded(model.umt5), "clip": rounded(model.clip)}
     return {"dit": rounded(model)}
 
 
 def rounded(model: Any) -> Any:
-    """The network with its matrices in bfloat16: half the size, and what sampling computes in anyway."""
+    """The network with its matrices in bfloat16: half the size, and what most of sampling computes in anyway."""
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.ndim > 1 else x, model)
 
 
