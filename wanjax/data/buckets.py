@@ -25,6 +25,7 @@ from wanjax.errors import InputError
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int, int]  # frames, height, width
+_TOGETHER = 16  # clips that a thread asks for at a time: sets that need no files may be very large
 
 
 class Groups(NamedTuple):
@@ -51,15 +52,16 @@ def group(clips: Clips, threads: int = 8, progress: bool = False) -> Groups:
       OSError: the disk fails: that is no reason to leave out a clip, other hosts would not.
     """
 
-    def ask(index: int) -> Shape | UnusableClip:
-        try:
-            return clips.shape(index)
-        except UnusableClip as error:
-            return error
+    def ask(indices: range) -> list[Shape | UnusableClip]:
+        return [_shape(clips, index) for index in indices]
 
-    with ThreadPoolExecutor(threads) as pool:
-        answers = pool.map(ask, range(len(clips)))
-        answers = list(tqdm(answers, "probing", len(clips), unit="clip", dynamic_ncols=True, disable=not progress))
+    every = range(len(clips))
+    parts = [every[start : start + _TOGETHER] for start in every[::_TOGETHER]]
+    answers: list[Shape | UnusableClip] = []
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(clips), desc="probing", disable=not progress) as bar:
+        for part in pool.map(ask, parts):
+            answers += part
+            bar.update(len(part))
     found: dict[Shape, list[int]] = {}
     unusable: dict[str, str] = {}
     for index, answer in enumerate(answers):
@@ -70,6 +72,13 @@ def group(clips: Clips, threads: int = 8, progress: bool = False) -> Groups:
     if not found:
         raise InputError(f"{describe(unusable, len(clips))}; accepted: at least one usable clip; see to the files")
     return Groups({shape: np.array(found[shape]) for shape in sorted(found)}, unusable)
+
+
+def _shape(clips: Clips, index: int) -> Shape | UnusableClip:
+    try:
+        return clips.shape(index)
+    except UnusableClip as error:
+        return error
 
 
 def describe(unusable: Mapping[str, str], total: int) -> str:
