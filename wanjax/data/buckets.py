@@ -13,9 +13,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import grain
 import numpy as np
 from tqdm import tqdm
 
@@ -101,7 +100,7 @@ class Order:
     Args:
       buckets: shape -> indices of its clips.
       size: samples in a batch, over all hosts.
-      seed: from 0 to 2^32 - 1.
+      seed: not negative.
     """
 
     def __init__(self, buckets: Mapping[Shape, np.ndarray], size: int, seed: int = 0):
@@ -109,17 +108,18 @@ class Order:
         self.shapes = list(buckets)
         counts = [-(-len(buckets[shape]) // size) for shape in self.shapes]
         self._ends = np.cumsum(counts)
-        self.batches = int(self._ends[-1])
-        # Both shuffles are anew in every epoch, and need no memory however many clips there are.
-        self._batches = grain.MapDataset.range(self.batches).shuffle(seed=seed)
         self._members = [buckets[shape] for shape in self.shapes]
-        self._places = [grain.MapDataset.range(len(members)).shuffle(seed=seed) for members in self._members]
+        self.batches = int(self._ends[-1])
+        self._seed = seed
+        self._shuffles: dict[tuple[int, int], np.ndarray] = {}  # those in use, by what is shuffled and epoch
 
     def __getitem__(self, sample: int) -> int:
         """Index of the clip that is sample `sample`."""
         batch, place = divmod(int(sample), self.size)
         bucket, number = self._find(batch)
-        return int(self._members[bucket][self._places[bucket][number * self.size + place]])
+        members = self._members[bucket]
+        epoch, at = divmod(number * self.size + place, len(members))
+        return int(members[self._shuffle(bucket + 1, epoch, len(members))[at]])
 
     def shape(self, batch: int) -> Shape:
         """Frames, height and width of the clips in batch `batch`."""
@@ -127,11 +127,27 @@ class Order:
 
     def _find(self, batch: int) -> tuple[int, int]:
         """The bucket of a batch, and the batch's number among all that this bucket ever gives."""
-        slot: Any = self._batches[batch]  # a number, which Grain's types do not say
+        epoch, at = divmod(batch, self.batches)
+        slot = int(self._shuffle(0, epoch, self.batches)[at])
         bucket = int(np.searchsorted(self._ends, slot, side="right"))
         start = int(self._ends[bucket - 1]) if bucket else 0
         count = int(self._ends[bucket]) - start
-        return bucket, batch // self.batches * count + slot - start
+        return bucket, epoch * count + slot - start
+
+    def _shuffle(self, what: int, epoch: int, count: int) -> np.ndarray:
+        """The numbers below `count`, in the order of an epoch.
+
+        Grain's shuffle needs no memory, but milliseconds for each number of a small set; this is ready after the first.
+        """
+        order = self._shuffles.get((what, epoch))
+        if order is None:
+            # Unlike a generator's permutation, NumPy promises these numbers to stay the same in every version.
+            draws = np.random.SeedSequence((self._seed, what, epoch)).generate_state(count, np.uint64)
+            order = np.argsort(draws, kind="stable")
+            if len(self._shuffles) > 2 * len(self.shapes) + 2:
+                self._shuffles = {}
+            self._shuffles[what, epoch] = order
+        return order
 
 
 class Usable:
