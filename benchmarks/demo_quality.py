@@ -24,6 +24,7 @@ from wanjax import solvers
 from wanjax.config import ShapesData, TaskMix, TrainConfig
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import place
+from wanjax.data.buckets import Order
 from wanjax.data.encode import Encoders
 from wanjax.data.samples import TaskSamples
 from wanjax.data.shapes import Kind, Shapes
@@ -75,7 +76,8 @@ class Demo:
     def fill_in(self, clips, numbers: list[int]) -> np.ndarray:
         """Videos uint8 `[b, F, H, W, 3]` from the end frames of clips."""
         assert self.encoders.clip is not None
-        samples = TaskSamples(clips, self.config, self.encoders.tokenizer, 2, self.encoders.clip.image_size)
+        order = Order({clips.shape(0): np.arange(len(clips))}, len(numbers))
+        samples = TaskSamples(clips, order, self.config, self.encoders.tokenizer, 2, self.encoders.clip.image_size)
         batch = self.encoders(place([samples.sample(i, 0) for i in numbers], len(numbers)))
         noise = evaluate.noise_of([self.flags.first_seed + i for i in numbers], batch.latents.shape[1:])
         latents = evaluate.sample_latents(

@@ -77,7 +77,7 @@ def test_vae_learns_and_is_exported_with_its_statistics(mesh, tmp_path, monkeypa
     loaded = checkpoint.config("vae")
     assert loaded.dim_mult == VAE.dim_mult
     vae = checkpoint.load("vae", loaded, parameter_sharding)
-    clips = open_clips(config)
+    clips = open_clips(config).clips
     numbers = np.linspace(0, 299, 8).astype(int)
     video = jnp.stack([to_pixels(jnp.asarray(clips[int(i)].video)) for i in numbers])
     latents = np.asarray(jax.jit(lambda vae, x: vae.encode(x))(vae, video))

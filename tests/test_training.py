@@ -186,5 +186,5 @@ def test_muon_updates_kernels_and_leaves_the_mesh_alone(mesh, run):
     assert [x.sharding for x in jax.tree.leaves(new)] == [x.sharding for x in jax.tree.leaves(state)]
     change = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), new.model, state.model)
     singular = np.linalg.svd(change.head.linear.kernel[...], compute_uv=False)
-    assert singular.max() < 1.5 * 0.02 * 2  # 64 -> 64: the learning rate, but for Newton and Schulz's roughness
-    assert np.median(singular) > 0.5 * 0.02
+    # The learning rate, but for the roughness of Newton and Schulz's iteration, where there is any gradient.
+    np.testing.assert_allclose(singular[:10], 0.02, rtol=0.4)

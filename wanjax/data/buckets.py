@@ -121,6 +121,10 @@ class Order:
         epoch, at = divmod(number * self.size + place, len(members))
         return int(members[self._shuffle(bucket + 1, epoch, len(members))[at]])
 
+    def epoch(self, sample: int) -> int:
+        """How many times all batches were taken before sample `sample`."""
+        return int(sample) // self.size // self.batches
+
     def shape(self, batch: int) -> Shape:
         """Frames, height and width of the clips in batch `batch`."""
         return self.shapes[self._find(batch)[0]]

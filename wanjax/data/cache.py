@@ -28,14 +28,16 @@ from tqdm import tqdm
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax import conditioning
-from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
+from wanjax.config import DiTConfig, TrainConfig, load_config
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import Encoded, Pixels, place
+from wanjax.data.buckets import Order, Shape
 from wanjax.data.encode import Encoders
-from wanjax.data.samples import TaskSamples, dropped, shuffled
+from wanjax.data.samples import TaskSamples, dropped, place_of
 from wanjax.errors import InputError
 
 CLIPS_PER_FILE = 256
+EMPTY_TEXT = "empty_text.msgpack"
 
 
 def fingerprint(path: str, network: str = "vae") -> str:
@@ -77,27 +79,27 @@ class CachedSamples:
     """
 
     def __init__(self, path: str, config: TrainConfig, dit: DiTConfig):
-        index = Path(path) / "index.json"
-        if not index.is_file():
+        file = Path(path) / "index.json"
+        if not file.is_file():
             raise InputError(
                 f"{path} has no index.json; a finished cache is needed; run python -m wanjax.data.cache --out {path}"
             )
-        self.index = json.loads(index.read_text())
+        index = json.loads(file.read_text())
         for name, ours in description(config).items():
-            theirs = self.index[name]
+            theirs = index[name]
             if ours != theirs and not (name == "encoders" and ours is None):
                 raise InputError(f"cache {path} has {name} {theirs}, the run {ours}; they must agree; make a new cache")
         self.config, self.dit = config, dit
-        self.count, self.names = len(self.index["names"]), self.index["names"]
-        self.order = shuffled(self.count, config.seed)
-        files = [str(Path(path) / name) for name in self.index["files"]]
-        self.records = grain.sources.ArrayRecordDataSource(files)
-        self.empty_text = _unpack((Path(path) / self.index["empty_text"]).read_bytes())["text"]
+        buckets = {tuple(bucket["shape"]): np.array(bucket["clips"]) for bucket in index["buckets"]}
+        self.order = Order(buckets, config.batch, config.seed)
+        clips = [clip for bucket in index["buckets"] for clip in bucket["clips"]]
+        self.positions = {clip: position for position, clip in enumerate(clips)}
+        self.records = grain.sources.ArrayRecordDataSource([str(Path(path) / name) for name in index["files"]])
+        self.empty_text = _unpack((Path(path) / EMPTY_TEXT).read_bytes())["text"]
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, from 0."""
-        number, variant = self.place(index)
-        record = _unpack(self.records[number * self.config.tasks.variants + variant])
+        record = self._record(index)
         no_caption, no_images = dropped(self.config, index)
         image = record.get("image")
         return Encoded(
@@ -107,13 +109,13 @@ class CachedSamples:
             _control(record),
         )
 
-    def place(self, index: int) -> tuple[int, int]:
-        """Which clip sample `index` is, and which draw of what is given."""
-        return int(self.order[index]), index // self.count % self.config.tasks.variants
-
     def name(self, index: int) -> str:
         """Which clip it is of."""
-        return self.names[self.place(index)[0]]
+        return self._record(index)["name"]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        clip, variant = place_of(index, self.order, self.config)
+        return _unpack(self.records[self.positions[clip] * self.config.tasks.variants + variant])
 
 
 def _control(record: dict[str, np.ndarray]) -> np.ndarray | None:
@@ -123,7 +125,7 @@ def _control(record: dict[str, np.ndarray]) -> np.ndarray | None:
     return np.concatenate([mask, record["known"]], axis=-1)  # [f, h, w, 4 + c]
 
 
-def _pack(encoded: Encoded, given: np.ndarray) -> bytes:
+def _pack(name: str, encoded: Encoded, given: np.ndarray) -> bytes:
     """A sample without what can be made again: the mask, and the zero rows behind the text."""
     text = np.asarray(encoded.text)
     arrays = {"latents": encoded.latents, "text": text[: _length(text)], "given": given}
@@ -131,7 +133,7 @@ def _pack(encoded: Encoded, given: np.ndarray) -> bytes:
         arrays["image"] = encoded.image
     if encoded.control is not None:
         arrays["known"] = encoded.control[..., conditioning.TEMPORAL_FACTOR :]
-    return serialization.msgpack_serialize({name: np.ascontiguousarray(x) for name, x in arrays.items()})
+    return serialization.msgpack_serialize({"name": name} | {key: np.ascontiguousarray(x) for key, x in arrays.items()})
 
 
 def _unpack(data: bytes) -> Any:
@@ -150,42 +152,59 @@ def _pad(text: np.ndarray, length: int) -> np.ndarray:
 
 
 def write_cache(
-    config: TrainConfig, samples: TaskSamples, encoders: Encoders, out: Path, share: tuple[int, int] = (0, 1)
+    config: TrainConfig,
+    samples: TaskSamples,
+    buckets: dict[Shape, np.ndarray],
+    encoders: Encoders,
+    out: Path,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Encode all clips of `samples` into `out`, on the ambient mesh; what is there already stays.
+    """Encode clips into `out`, on the ambient mesh; what is there already stays.
 
     Args:
       config: of the training to come; `batch` clips are encoded at a time.
-      samples, encoders: for it.
+      samples: the clips, with what is given of them.
+      buckets: which of them, by shape.
+      encoders: for them.
       out: folder to write.
       share: which process this is, and of how many that write the folder.
 
     Raises:
       InputError: the folder holds something else.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    about = description(config) | {"clips": len(samples.clips)}
+    listed = [{"shape": list(shape), "clips": clips.tolist()} for shape, clips in buckets.items()]
+    index = description(config) | {"buckets": listed}
+    _begin(out, index)
+    parts = [
+        bucket["clips"][start : start + CLIPS_PER_FILE]
+        for bucket in listed
+        for start in range(0, len(bucket["clips"]), CLIPS_PER_FILE)
+    ]
+    files = [out / f"clips-{i:06d}.arrayrecord" for i in range(len(parts))]
+    mine, variants = range(share[0], len(parts), share[1]), config.tasks.variants
+    with tqdm(total=sum(len(parts[i]) for i in mine) * variants, unit="sample", dynamic_ncols=True) as bar:
+        for i in mine:
+            places = [(clip, variant) for clip in parts[i] for variant in range(variants)]
+            if files[i].exists():
+                bar.update(len(places))
+            else:
+                _write_file(files[i], encode_all(samples, encoders, places, config.batch, bar))
+    if not all(file.exists() for file in files):
+        return  # another process writes the rest, and then the index
+    _write_whole(out / EMPTY_TEXT, serialization.msgpack_serialize({"text": _empty_text(encoders)}))
+    index["files"] = [file.name for file in files]
+    _write_whole(out / "index.json", json.dumps(index).encode())
+
+
+def _begin(out: Path, index: dict[str, Any]) -> None:
+    """Make the folder, or see that it holds the beginning of this very cache."""
     plan = out / "plan.json"
-    if plan.exists() and json.loads(plan.read_text()) != json.loads(json.dumps(about)):
+    out.mkdir(parents=True, exist_ok=True)
+    if plan.exists() and json.loads(plan.read_text()) != json.loads(json.dumps(index)):
         raise InputError(f"{out} holds the beginning of another cache; give another --out, or remove it")
     if not plan.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty and no cache; give another --out")
-    _write_whole(plan, json.dumps(about).encode())
-    count, variants = len(samples.clips), config.tasks.variants
-    files = [f"clips-{first:08d}.arrayrecord" for first in range(0, count, CLIPS_PER_FILE)]
-    mine = range(share[0], len(files), share[1])
-    with tqdm(total=len(mine) * CLIPS_PER_FILE * variants, unit="sample", dynamic_ncols=True) as bar:
-        for i in mine:
-            first, last = i * CLIPS_PER_FILE, min((i + 1) * CLIPS_PER_FILE, count)
-            if not (out / files[i]).exists():
-                places = [(clip, variant) for clip in range(first, last) for variant in range(variants)]
-                _write_file(out / files[i], encode_all(samples, encoders, places, config.batch, bar))
-    if not all((out / name).exists() for name in files):
-        return  # another process writes the rest, and then the index
-    _write_whole(out / "empty_text.msgpack", serialization.msgpack_serialize({"text": _empty_text(encoders)}))
-    names = [samples.clips[number].name for number in range(count)]
-    index = description(config) | {"names": names, "files": files, "empty_text": "empty_text.msgpack"}
-    _write_whole(out / "index.json", json.dumps(index).encode())
+    _write_whole(plan, json.dumps(index).encode())
 
 
 def _empty_text(encoders: Encoders) -> np.ndarray:
@@ -198,12 +217,12 @@ def encode_all(
 ) -> Iterator[bytes]:
     """The records of (clip, draw) pairs, in order; the last batch is filled up with repetitions."""
     parts = [places[start : start + batch] for start in range(0, len(places), batch)]
-    read = grain.MapDataset.source(parts).map(lambda part: [samples.sample(*p) for p in part])
+    read = grain.MapDataset.source(parts).map(lambda part: [samples.named_sample(*p) for p in part])
     for part in read.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
-        filled: list[Pixels] = [*part, *[part[-1]] * (batch - len(part))]
-        encoded = jax.device_get(encoders(place(filled, batch)))
-        for i, pixels in enumerate(part):
-            yield _pack(jax.tree.map(lambda x, i=i: x[i], encoded), pixels.given)
+        pixels: list[Pixels] = [pixels for _, pixels in part]
+        encoded = jax.device_get(encoders(place([*pixels, *pixels[-1:] * (batch - len(part))], batch)))
+        for i, (name, sample) in enumerate(part):
+            yield _pack(name, jax.tree.map(lambda x, i=i: x[i], encoded), sample.given)
         bar.update(len(part))
 
 
@@ -235,20 +254,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="that write the same folder")
     parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
     flags = parser.parse_args(argv)
-    from wanjax.data.sources import open_clips
+    from wanjax.data.sources import open_clips, task_samples
     from wanjax.training import plan
 
     config = load_config(flags.config, TrainConfig)
-    source = config.data.of if isinstance(config.data, CachedData) else config.data
-    config = dataclasses.replace(config, data=source, batch=flags.batch)
-    config = dataclasses.replace(config, encoders=flags.encoders or config.encoders)
+    config = dataclasses.replace(config, batch=flags.batch, encoders=flags.encoders or config.encoders)
     dit = plan.network(config)
     devices = jax.local_devices()
     with jax.set_mesh(make_mesh(MeshShape(fsdp=len(devices)), devices)):
         encoders = Encoders(config, dit)
-        size = encoders.clip.image_size if encoders.clip else 0
-        samples = TaskSamples(open_clips(config), config, encoders.tokenizer, encoders.images, size)
-        write_cache(config, samples, encoders, Path(flags.out), (flags.process_id, flags.processes))
+        samples, buckets = task_samples(config, encoders), open_clips(config).buckets
+        write_cache(config, samples, buckets, encoders, Path(flags.out), (flags.process_id, flags.processes))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from wanjax import conditioning, images
 from wanjax.config import TaskMix, TrainConfig
 from wanjax.data.batch import Pixels
+from wanjax.data.buckets import Order
 from wanjax.data.clip import Clips
 from wanjax.errors import InputError
 from wanjax.text import Tokenizer
@@ -26,11 +26,6 @@ class Snippet(NamedTuple):
     given: Any
 
 
-def shuffled(count: int, seed: int) -> Any:
-    """Endless order of `count` clips, every one once each time round: random access by the sample's number."""
-    return grain.MapDataset.range(count).seed(seed).shuffle().repeat()
-
-
 class Snippets:
     """`Source` of what a VAE learns: parts of clips.
 
@@ -38,18 +33,18 @@ class Snippets:
 
     Args:
       clips: to take them from.
+      order: of the clips.
       config: `snippet` and `seed` are used.
       hidden: share of the samples of which only some frames are given.
     """
 
-    def __init__(self, clips: Clips, config: TrainConfig, hidden: float = 0.2):
-        self.clips, self.config, self.hidden = clips, config, hidden
-        self.order = shuffled(len(clips), config.seed)
+    def __init__(self, clips: Clips, order: Order, config: TrainConfig, hidden: float = 0.2):
+        self.clips, self.order, self.config, self.hidden = clips, order, config, hidden
 
     def __getitem__(self, index: int) -> Snippet:
         """Sample `index`, from 0."""
         rng = np.random.default_rng((self.config.seed, index))
-        video, size = self.clips[int(self.order[index])].video, self.config.snippet
+        video, size = self.clips[self.order[index]].video, self.config.snippet
         starts = [int(rng.integers(have - wanted + 1)) for have, wanted in zip(video.shape, size, strict=False)]
         part = video[tuple(slice(start, start + n) for start, n in zip(starts, size, strict=True))]
         given = np.ones(size[0], bool)  # [F]
@@ -60,7 +55,7 @@ class Snippets:
 
     def name(self, index: int) -> str:
         """Which clip it is of."""
-        return self.clips[int(self.order[index])].name
+        return self.clips[self.order[index]].name
 
 
 class Draw(NamedTuple):
@@ -93,37 +88,36 @@ def draw_given(tasks: TaskMix, frames: int, rng: np.random.Generator) -> np.ndar
 class TaskSamples:
     """`Source` of what the DiT learns, in pixels: clips with what is given of them.
 
-    Sample n is clip `order[n]`, for the (n // clips)-th time. What is given depends on the clip and on that time modulo
+    Sample n is clip `order[n]`. What is given of it depends on the clip and on the epoch modulo
     `config.tasks.variants`, and on nothing else: so a cache can hold it.
 
     Args:
       clips: to learn from.
+      order: of the clips.
       config: of the run; tasks and seed are used.
       tokenizer: of the encoders.
       images: how many images' features the network takes.
       image_size: that CLIP takes.
     """
 
-    def __init__(self, clips: Clips, config: TrainConfig, tokenizer: Tokenizer, images: int, image_size: int):
-        self.clips, self.config, self.tokenizer = clips, config, tokenizer
+    def __init__(
+        self, clips: Clips, order: Order, config: TrainConfig, tokenizer: Tokenizer, images: int, image_size: int
+    ):
+        self.clips, self.order, self.config, self.tokenizer = clips, order, config, tokenizer
         self.images, self.image_size = images, image_size
-        self.order = shuffled(len(clips), config.seed)
 
     def __getitem__(self, index: int) -> Pixels:
         """Sample `index`, from 0."""
-        number, variant = self.place(index)
-        return self.sample(number, variant, *self.dropped(index))
-
-    def place(self, index: int) -> tuple[int, int]:
-        """Which clip sample `index` is, and which draw of what is given."""
-        return int(self.order[index]), index // len(self.clips) % self.config.tasks.variants
-
-    def dropped(self, index: int) -> tuple[bool, bool]:
-        """Whether sample `index` goes without its caption, and without its images."""
-        return dropped(self.config, index)
+        return self.sample(*place_of(index, self.order, self.config), *dropped(self.config, index))
 
     def sample(self, number: int, variant: int, no_caption: bool = False, no_images: bool = False) -> Pixels:
         """A clip with a draw of what is given of it."""
+        return self.named_sample(number, variant, no_caption, no_images)[1]
+
+    def named_sample(
+        self, number: int, variant: int, no_caption: bool = False, no_images: bool = False
+    ) -> tuple[str, Pixels]:
+        """The same with the clip's name before it."""
         clip = self.clips[number]
         rng = np.random.default_rng((self.config.seed, number, variant))
         given = draw_given(self.config.tasks, len(clip.video), rng)
@@ -131,11 +125,17 @@ class TaskSamples:
         ends = (0, -1)[: self.images]
         pixels = [images.clip_pixels(clip.video[i], self.image_size, "official") for i in ends]
         has_image = np.array([given[i] and not no_images for i in ends], bool)
-        return Pixels(clip.video, given, ids[0], mask[0], np.stack(pixels) if pixels else None, has_image)
+        sample = Pixels(clip.video, given, ids[0], mask[0], np.stack(pixels) if pixels else None, has_image)
+        return clip.name, sample
 
     def name(self, index: int) -> str:
         """Which clip it is of."""
-        return self.clips[self.place(index)[0]].name
+        return self.clips[self.order[index]].name
+
+
+def place_of(index: int, order: Order, config: TrainConfig) -> tuple[int, int]:
+    """Which clip sample `index` is, and which draw of what is given."""
+    return order[index], order.epoch(index) % config.tasks.variants
 
 
 def dropped(config: TrainConfig, index: int) -> tuple[bool, bool]:
@@ -161,18 +161,19 @@ class Pairs:
 
     Args:
       clips: to learn from.
+      order: of the clips.
       config: seed is used.
       tokenizer: for the captions.
       image_size: that CLIP takes.
     """
 
-    def __init__(self, clips: Clips, config: TrainConfig, tokenizer: Tokenizer, image_size: int):
-        self.clips, self.config, self.tokenizer, self.image_size = clips, config, tokenizer, image_size
-        self.order = shuffled(len(clips), config.seed)
+    def __init__(self, clips: Clips, order: Order, config: TrainConfig, tokenizer: Tokenizer, image_size: int):
+        self.clips, self.order, self.config = clips, order, config
+        self.tokenizer, self.image_size = tokenizer, image_size
 
     def __getitem__(self, index: int) -> Pair:
         """Sample `index`, from 0."""
-        number = int(self.order[index])
+        number = self.order[index]
         clip = self.clips[number]
         rng = np.random.default_rng((self.config.seed, index))
         other = getattr(self.clips, "other_caption", lambda number, rng: clip.caption)(number, rng)
@@ -182,4 +183,4 @@ class Pairs:
 
     def name(self, index: int) -> str:
         """Which clip it is of."""
-        return self.clips[int(self.order[index])].name
+        return self.clips[self.order[index]].name

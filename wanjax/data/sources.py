@@ -6,14 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from wanjax.config import CachedData, ShapesData, SyntheticData, TrainConfig
+import numpy as np
+
+from sharding.distributed import is_main
+from wanjax.config import CachedData, ShapesData, SyntheticData, TrainConfig, VideoData
 from wanjax.data.batch import Source
+from wanjax.data.buckets import Order, Shape, Usable, describe, group
 from wanjax.data.cache import CachedSamples
 from wanjax.data.clip import Clips
 from wanjax.data.encode import Encoders
 from wanjax.data.samples import Pairs, Snippets, TaskSamples
 from wanjax.data.shapes import Shapes
 from wanjax.data.synthetic import Synthetic
+from wanjax.data.videos import Videos
 from wanjax.data.vocabulary import write_tokenizer
 from wanjax.errors import InputError
 from wanjax.text import Tokenizer
@@ -29,17 +34,35 @@ class Data(NamedTuple):
     encode: Callable[[Any], Any] | None = None
 
 
-def open_clips(config: TrainConfig) -> Clips:
-    """The clips that `config.data` names.
+class ClipSet(NamedTuple):
+    """Clips, and the indices of those that can be used, by shape."""
+
+    clips: Clips
+    buckets: dict[Shape, np.ndarray]
+
+    def order(self, config: TrainConfig) -> Order:
+        """Which clip is which sample of a run."""
+        return Order(self.buckets, config.batch, config.seed)
+
+
+def open_clips(config: TrainConfig) -> ClipSet:
+    """The clips that `config.data` names, or that its cache was made of; says in a line how many cannot be used.
 
     Raises:
       InputError: it names none, or they cannot be used.
     """
-    data = config.data
+    data = config.data.of if isinstance(config.data, CachedData) else config.data
     if isinstance(data, ShapesData):
         if config.height != config.width:
             raise InputError(f"shapes of {config.width}x{config.height}; they are square; set width = height")
-        return Shapes(data.first_seed, data.count, config.frames, config.height, data.kind)
+        clips = Shapes(data.first_seed, data.count, config.frames, config.height, data.kind)
+        return ClipSet(clips, {clips.shape(0): np.arange(data.count)})
+    if isinstance(data, VideoData):
+        videos = Videos(data.path, config.frames, config.height * config.width)
+        groups = group(videos, progress=is_main())
+        if groups.unusable and is_main():
+            print(describe(groups.unusable, len(videos)))
+        return ClipSet(Usable(videos, groups.buckets), groups.buckets)
     raise InputError(f"{type(data).__name__} has no clips to look at; ShapesData or VideoData is needed; change data")
 
 
@@ -53,13 +76,14 @@ def open_data(config: TrainConfig, objective: Objective) -> Data:
         return _for_dit(config, objective)
     if isinstance(config.data, (SyntheticData, CachedData)):
         raise InputError(f"{type(config.data).__name__} for a VAE or for towers; they learn from clips; change data")
-    clips = open_clips(config)
+    chosen = open_clips(config)
     if not isinstance(objective, Contrastive):
-        return Data(Snippets(clips, config))
+        return Data(Snippets(chosen.clips, chosen.order(config), config))
     assert config.workdir is not None
     folder, towers = Path(config.workdir) / "tokenizer", objective.towers
     write_tokenizer(folder, towers.words)
-    return Data(Pairs(clips, config, Tokenizer(folder, towers.text_len), towers.clip.image_size))
+    tokenizer = Tokenizer(folder, towers.text_len)
+    return Data(Pairs(chosen.clips, chosen.order(config), config, tokenizer, towers.clip.image_size))
 
 
 def _for_dit(config: TrainConfig, objective: FlowMatching) -> Data:
@@ -68,5 +92,11 @@ def _for_dit(config: TrainConfig, objective: FlowMatching) -> Data:
     if isinstance(config.data, CachedData):
         return Data(CachedSamples(config.data.path, config, objective.dit))
     encoders = Encoders(config, objective.dit)
+    return Data(task_samples(config, encoders), encoders)
+
+
+def task_samples(config: TrainConfig, encoders: Encoders) -> TaskSamples:
+    """The clips of a run, with what is given of them."""
+    chosen = open_clips(config)
     size = encoders.clip.image_size if encoders.clip else 0
-    return Data(TaskSamples(open_clips(config), config, encoders.tokenizer, encoders.images, size), encoders)
+    return TaskSamples(chosen.clips, chosen.order(config), config, encoders.tokenizer, encoders.images, size)

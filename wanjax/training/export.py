@@ -53,7 +53,7 @@ def export(config: TrainConfig, objective: Objective, model: Any) -> Path:
 def networks(config: TrainConfig, objective: Objective, model: Any) -> dict[NetworkName, Any]:
     """What the checkpoint gets from the run."""
     if isinstance(objective, Reconstruction):
-        return {"vae": with_statistics(rounded(model), open_clips(config))}
+        return {"vae": with_statistics(rounded(model), open_clips(config).clips)}
     if isinstance(objective, Contrastive):
         return {"umt5": rounded(model.umt5), "clip": rounded(model.clip)}
     return {"dit": rounded(model)}
