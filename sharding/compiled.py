@@ -188,7 +188,8 @@ def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collecti
     """The collectives of a run.
 
     Asynchronous ones are pairs of start and done, or, on TPUs, go on inside of the fusions between the two: there the
-    first fusion, which starts them, counts.
+    first fusion, which starts them, counts. A TPU's reduce-scatter may be written as a fusion of an all-reduce and the
+    slice that a device keeps.
     """
     kernels = {name: " ".join(i.line for i in body if i.opcode == "custom-call") for name, body in computations.items()}
     fused = {name for name, text in kernels.items() if "AsyncCollectiveStart" in text}
@@ -205,9 +206,17 @@ def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collecti
         result = max(parts) if i.opcode.endswith("-start") or kind == "reduce-scatter" else sum(parts)
         if kind == "reduce-scatter":
             result *= group_size(i.line)
+        elif kind == "all-reduce" and name in plain and sliced(i, computations[name]):
+            kind = "reduce-scatter"
         operation = re.search(r'op_name="([^"]*)"', i.line)
         asynchronous = name in fused | wrapped or i.opcode.endswith("-start")
         yield Collective(kind, int(result), times, asynchronous, operation[1] if operation else "")
+
+
+def sliced(reduced: Instruction, body: list[Instruction]) -> bool:
+    """Whether only a slice of an all-reduce's result is used."""
+    users = [i for i in body if reduced.name in operands(i.line)]
+    return bool(users) and all(i.opcode == "dynamic-slice" for i in users)
 
 
 def called_by_fusions(computations: dict[str, list[Instruction]]) -> set[str]:

@@ -90,10 +90,16 @@ HloModule jit_f, is_scheduled=true
   %done = bf16[1,40,8]{2,1,0} all-to-all-done(%all-to-all-start)
   %later = ((bf16[2,8]{1,0}), bf16[2,8]{1,0}, u32[]{:S(2)}) async-start(%z), calls=%wrapped
   %rs = f32[2,8]{1,0} reduce-scatter(%g), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %kept = bf16[2,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
   ROOT %tuple = (s32[], bf16[1,8,4]) tuple(%i, %w)
 }
 %wrapped (param.5: bf16[2,8]) -> bf16[2,8] {
   ROOT %permute = bf16[2,8]{1,0} collective-permute(%param.5), channel_id=9, source_target_pairs={{0,1},{1,0}}
+}
+%all-reduce-scatter (param.6: bf16[8,8]) -> bf16[2,8] {
+  %all-reduce.1 = bf16[8,8]{1,0:T(8,128)(2,1)} all-reduce(%param.6), channel_id=7, replica_groups={{0,1,2,3}}
+  %start = s32[] multiply(%device, %rows)
+  ROOT %slice = bf16[2,8]{1,0} dynamic-slice(%all-reduce.1, %start, %zero), dynamic_slice_sizes={2,8}
 }
 %condition (param.4: (s32[], bf16[1,8,4])) -> pred[] {
   %bound = s32[]{:T(128)} constant(3), metadata={}
@@ -107,8 +113,10 @@ ENTRY %main (w: bf16[1,8,4]) -> bf16[1,8,4] {
 
 
 def test_text_of_a_tpu():
-    found = {c.kind: c for c in collectives(parse(TPU))}
-    assert len(list(collectives(parse(TPU)))) == len(found) == 4
+    *found, last = collectives(parse(TPU))
+    assert last[:4] == ("reduce-scatter", 8 * 8 * 2, 3, False)
+    found = {c.kind: c for c in found}
+    assert len(list(collectives(parse(TPU)))) == len(found) + 1 == 5
     assert found["collective-permute"][1:4] == (2 * 8 * 2, 3, True)
     assert found["all-gather"][1:4] == (8 * 8 * 4 * 2, 3, True)
     assert found["all-to-all"][1:4] == (40 * 8 * 2, 3, True)
