@@ -8,7 +8,9 @@ each is told where process 0 listens, how many there are and which it is, by fla
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 import sys
 import time
@@ -25,6 +27,11 @@ HEARTBEAT_SECONDS = 60
 """A process that is silent for so long is lost, and JAX ends the others."""
 LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 """In what JAX raises when a process is gone in the middle of a collective."""
+
+ADVICE = (
+    "all are needed; start all of them again with the same command, and a training run goes on from its newest "
+    "checkpoint"
+)
 
 
 class Processes(NamedTuple):
@@ -89,12 +96,15 @@ def initialize(
         except ValueError as error:  # JAX found no cluster, and says so by the first thing it misses
             if "coordinator_address should be defined" not in str(error):
                 raise
+        else:
+            _speak_last(heartbeat_seconds)
         return
     if place.processes == 1:
         return
     if place.process_id:
         _await_coordinator(place.coordinator, connect_seconds)
     jax.distributed.initialize(*place, **settings)
+    _speak_last(heartbeat_seconds)
 
 
 class LostHostError(RuntimeError):
@@ -105,7 +115,7 @@ class LostHostError(RuntimeError):
 def notice_lost_hosts() -> Iterator[None]:
     """Says in one line that a collective failed because another process is gone.
 
-    Where a collective would wait for it instead, JAX ends this process after `HEARTBEAT_SECONDS`.
+    Where a collective would wait for it instead, JAX ends this process after `HEARTBEAT_SECONDS`; see `_speak_last`.
 
     Raises:
       LostHostError: in place of what JAX raises then.
@@ -117,8 +127,7 @@ def notice_lost_hosts() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:160]
         raise LostHostError(
-            f"process {jax.process_index()} of {jax.process_count()} lost another one ({reason}); all are needed; "
-            "start all of them again with the same command, and the run goes on from its newest checkpoint"
+            f"process {jax.process_index()} of {jax.process_count()} lost another one ({reason}); {ADVICE}"
         ) from error
 
 
@@ -132,6 +141,30 @@ def leave(code: int) -> NoReturn:
 def is_main() -> bool:
     """Whether this is the process that prints and writes what is printed and written once."""
     return jax.process_index() == 0
+
+
+def _speak_last(heartbeat_seconds: int) -> None:
+    """End with one line and exit code 1 where JAX would end this process by SIGABRT.
+
+    That happens in C++, in a thread that only waits for bad news, while Python waits for a collective: neither an
+    exception nor a handler of Python's would be run any more.
+    """
+    if jax.process_count() == 1:
+        return
+    line = (
+        f"error: process {jax.process_index()} of {jax.process_count()} lost another one, which is gone or silent for "
+        f"{heartbeat_seconds} s; {ADVICE}\n"
+    ).encode()
+
+    def end(_: int) -> None:
+        os.write(2, line)
+        os._exit(1)
+
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handler))  # for as long as the process lives
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
 
 
 def _await_coordinator(address: str, seconds: int) -> None:

@@ -139,6 +139,46 @@ def test_killed_and_restarted_continues_to_the_bit(runs, uninterrupted, tmp_path
     assert max(steps) == len(losses(tmp_path))
 
 
+HANGS = """
+import sys
+from sharding.distributed import initialize, notice_lost_hosts
+
+index = int(sys.argv[2])
+initialize("127.0.0.1:" + sys.argv[1], 2, index, heartbeat_seconds=3)
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
+
+with notice_lost_hosts():
+    sync_global_devices("both are here")
+    print("begun", flush=True)
+    while True:
+        sync_global_devices("again")
+"""
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_hangs_is_told_in_one_line(silent):
+    """It is stopped, not ended: no connection breaks, and the other one would wait for ever."""
+    command = [sys.executable, "-c", HANGS, str(free_port())]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pair = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, **pipes) for i in range(2)]
+    try:
+        for process in pair:
+            while "begun" not in process.stdout.readline():
+                assert process.poll() is None
+        pair[silent].send_signal(signal.SIGSTOP)
+        left = pair[1 - silent]
+        output = left.communicate(timeout=120)[0]
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    assert left.returncode == 1
+    assert output.splitlines()[-1].startswith(f"error: process {1 - silent} of 2 lost another one")
+    assert "start all of them again" in output.splitlines()[-1]
+
+
 def test_lost_arrays_are_named_in_one_line(runs, uninterrupted_run, tmp_path):
     shutil.copytree(uninterrupted_run, tmp_path / "run")
     for file in (tmp_path / "run/checkpoints").rglob("d/*"):
