@@ -216,7 +216,8 @@ def backward(q, k, v, valid, lse, delta, dout, *, interpret: bool = False) -> Gr
     call = partial(backward_part, valid, k, v, keys=keys, unit_keys=unit_keys, queries=queries, interpret=interpret)
 
     def step(sums, rows):
-        dq, *dkv = call(*rows)
+        # The barrier keeps XLA from fusing the sums into the kernel and then finding too little VMEM for both.
+        dq, *dkv = jax.lax.optimization_barrier(call(*rows))
         return jax.tree.map(jnp.add, sums, tuple(dkv)), dq
 
     rows = tuple(map(split, (q, dout, lse, delta)))
