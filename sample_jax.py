@@ -4,6 +4,8 @@
 
 Defaults come from --config (configs/*.py) and from the checkpoint; flags override them. Without either, the small model
 that ships with the package fills in between two frames of its own.
+On several hosts run it on each: TPU pods and Slurm need no more, others JAX_COORDINATOR_ADDRESS=HOST:PORT,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID. The first one prints and writes.
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wanjax import demo
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
+
+if TYPE_CHECKING:
+    from wanjax.pipeline import Plan, Result
 
 HELP = {
     "checkpoint": "folder in the Diffusers or the official layout",
@@ -85,15 +91,37 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     config = parse(argv)
 
-    import numpy as np  # here: --help and bad flags need none of these
-
+    from sharding import distributed  # here: --help and bad flags need none of these
     from sharding.compiled import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
-    from wanjax import media, pipeline, quantize
+    from wanjax import pipeline, quantize
 
+    # ---- the other hosts, before anything asks for a device
     use_tpu_options(TPU_OPTIONS_8_BIT if quantize.in_8_bits(config) else TPU_OPTIONS)
+    distributed.initialize(saves_on_sigterm=False)
 
     # ---- everything that can be wrong, before hours of work
     plan = pipeline.prepare(config)
+    if distributed.is_main():
+        announce(plan)
+
+    # ---- the work
+    try:
+        with distributed.notice_lost_hosts():
+            result = pipeline.sample(plan)
+    except distributed.LostHostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        distributed.leave(1)
+
+    # ---- files appear once, and whole or not at all
+    if distributed.is_main():
+        write(plan, result)
+
+
+def announce(plan: Plan) -> None:
+    """Print what will be done, if its outputs can be written."""
+    from wanjax import media
+
+    config = plan.config
     media.check_output(config.output)
     if config.save_latents:
         media.check_output(config.save_latents, accepted=(".npy",))
@@ -102,14 +130,17 @@ def main(argv: list[str] | None = None) -> None:
     frames, size = config.frames, f"{plan.width}x{plan.height}"
     print(f"{plan.task}, {frames} frames of {size}, {config.solver} {config.steps} steps, guidance {config.guidance}")
 
-    # ---- the work
-    result = pipeline.sample(plan)
 
+def write(plan: Plan, result: Result) -> None:
+    """Write what was made, and print what it took."""
+    import numpy as np
+
+    from wanjax import media
+
+    config = plan.config
     if plan.caching is not None:
         share = result.evaluations / config.steps
         print(f"DiT evaluations: {result.evaluations:g} of {config.steps} ({share:.0%})")
-
-    # ---- files appear whole or not at all
     if config.save_latents:
         media.save_array(config.save_latents, np.moveaxis(result.latents, -1, 1))
     try:

@@ -58,7 +58,10 @@ def read_processes(coordinator: str | None, count: int | None, index: int | None
         return None
     if given["--coordinator"] is not None and len(missing) == 2 and coordinator is None:
         return None  # the address alone in the environment is JAX's own way to correct what a cluster says
-    accepted = "--coordinator HOST:PORT --processes N --process-id 0..N-1 are accepted"
+    accepted = (
+        "--coordinator HOST:PORT --processes N --process-id 0..N-1 are accepted, or the variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    )
     if missing:
         named = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
         raise InputError(f"{named} without {', '.join(missing)}; {accepted}; give all three or none")
@@ -79,8 +82,15 @@ def initialize(
     *,
     connect_seconds: int = CONNECT_SECONDS,
     heartbeat_seconds: int = HEARTBEAT_SECONDS,
+    saves_on_sigterm: bool = True,
 ) -> None:
     """Join the run's other processes. Once, before JAX is asked for devices; alone, it does nothing.
+
+    Args:
+      coordinator, count, index: see `read_processes`.
+      connect_seconds: how long to wait for the others.
+      heartbeat_seconds: after so long in silence a process is lost.
+      saves_on_sigterm: leave the signal to JAX, which agrees with the other processes on a step to stop at.
 
     Raises:
       InputError: see `read_processes`; or process 0 does not answer.
@@ -88,6 +98,7 @@ def initialize(
     if jax.distributed.is_initialized():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", saves_on_sigterm)
     settings: Any = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
     place = read_processes(coordinator, count, index)
     if place is None:
@@ -95,6 +106,9 @@ def initialize(
             jax.distributed.initialize(**settings)
         except ValueError as error:  # JAX found no cluster, and says so by the first thing it misses
             if "coordinator_address should be defined" not in str(error):
+                raise
+        except RuntimeError as error:  # devices are in use: one process has begun to work, and others cannot join it
+            if "must be called before" not in str(error):
                 raise
         else:
             _speak_last(heartbeat_seconds)

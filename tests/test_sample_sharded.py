@@ -1,4 +1,10 @@
-"""`sample_jax.py --mesh ..` on eight devices, against the stored outputs of the reference."""
+"""`sample_jax.py --mesh ..` on eight devices, of one process and of two, against the reference's stored outputs."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,16 +12,45 @@ from test_sample import DIFFUSERS, flags
 
 import sample_jax
 
+ROOT = Path(__file__).parent.parent
 
-@pytest.mark.parametrize("mesh", ["data=2,ring=2,ulysses=2", "ring=-1"])
-def test_whole_run_on_a_mesh_equals_reference(tmp_path, mesh):
-    """36 tokens: four and eight devices in the sequence, of which eight do not divide them."""
+
+@pytest.fixture
+def files(tmp_path):
+    """The reference's noise, and where the outputs go; both outputs are compared afterwards."""
     expected = np.load(DIFFUSERS / "expected.npz")
     np.save(tmp_path / "noise.npy", expected["init_noise"])
-    files = {"initial_noise": tmp_path / "noise.npy", "save_latents": tmp_path / "l.npy", "output": tmp_path / "v.npy"}
-    sample_jax.main(flags(DIFFUSERS, mesh=mesh, **files))
-
+    yield {"initial_noise": tmp_path / "noise.npy", "save_latents": tmp_path / "l.npy", "output": tmp_path / "v.npy"}
     latents, frames = (np.load(tmp_path / name) for name in ("l.npy", "v.npy"))
     assert np.abs(latents - expected["pipeline_latents"]).max() <= 2e-3
     reference = expected["pipeline_video"].astype(np.float32)
     assert np.abs(frames / 255 - reference.reshape(frames.shape)).max() <= 2 / 255
+
+
+def test_eight_devices_that_do_not_divide_the_tokens(files):
+    sample_jax.main(flags(DIFFUSERS, mesh="ring=-1", **files))  # 36 tokens
+
+
+def test_two_processes_of_four_devices(files):
+    """Guidance, the ring and Ulysses at once; printed and written once."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    command = [sys.executable, "sample_jax.py", *flags(DIFFUSERS, mesh="data=2,ring=2,ulysses=2", **files)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = [subprocess.Popen(command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": i}, **pipes) for i in "01"]
+    try:
+        (out, progress), (silent, _) = (process.communicate(timeout=600) for process in run)
+    finally:
+        for process in run:
+            process.kill()
+    assert [process.returncode for process in run] == [0, 0]
+    assert out.splitlines()[-1].startswith(str(files["output"]))
+    assert "VAE decode" in progress
+    assert "v.npy" not in silent

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from sharding.distributed import is_main
 from sharding.mesh import make_mesh, parse_mesh, sampling_mesh
 from sharding.rules import parameter_sharding, replicate
 from sharding.ulysses import check_heads
@@ -257,7 +258,7 @@ def sample(plan: Plan) -> Result:
 def _stage(name: str, total: int, seconds: dict[str, float]) -> Iterator[Callable[[], None]]:
     """A progress bar with time left; yields what moves it on, and notes the time the stage took."""
     start = time.perf_counter()
-    with tqdm(total=total, desc=f"{name:10s}", dynamic_ncols=True) as bar:
+    with tqdm(total=total, desc=f"{name:10s}", dynamic_ncols=True, disable=not is_main()) as bar:
         yield lambda: (bar.update(), None)[1]
     seconds[name] = time.perf_counter() - start
 
