@@ -1,12 +1,13 @@
 # make sample and make test do all their own set-up; they need Python 3.11 or newer with pip, nothing else.
 #   PYTHON=python3.12 make test     another interpreter
 #   TORCH="torch==2.13.0 --index-url ..." make parity     another build of torch (the default may be a CUDA one)
+#   make aot ONLY="not 4x4x4 and not 16x16"     some of those programs, as pytest -k takes it
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: sample test lint aot golden parity parity-setup bench clean
+.PHONY: sample test lint aot aot-setup golden parity parity-setup bench clean
 
 sample: .venv/.installed  ## a tiny RANDOM checkpoint on two pictures: out/video.mp4
 	$(BIN)/python sample_jax.py --config configs/tiny_random.py
@@ -15,8 +16,10 @@ test: .venv/.installed  ## what needs neither torch nor an accelerator's compile
 	@echo "Deselected here: live (against diffusers, run 'make parity') and aot (compiles for TPUs, run 'make aot')."
 	$(BIN)/python -m pytest -n 2 -m "not live and not aot"
 
-aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: a quarter of an hour or more, 8 GB of memory
-	$(BIN)/python -m pytest -m aot
+aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of its cores, 8 GB of memory
+	$(BIN)/python -m pytest -m aot -k "$(ONLY)"
+
+aot-setup: .venv/.aot
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
