@@ -49,8 +49,8 @@ def tokens_per_device(size: tuple[int, int, int], dit: DiTConfig, mesh: MeshShap
 
 
 def working_bytes(tokens: int, dit: DiTConfig, samples: int = 1) -> int:
-    """Estimate of what a block needs at its worst moment: twelve times its tokens, its two largest weights whole."""
-    return 2 * (12 * samples * tokens * dit.dim + 2 * dit.dim * dit.ffn_dim)
+    """Estimate of what a block needs at its worst moment: ten times its tokens, its two largest weights whole."""
+    return 2 * (10 * samples * tokens * dit.dim + 2 * dit.dim * dit.ffn_dim)
 
 
 def sampling(config: SampleConfig, dit: DiTConfig, shape: MeshShape, mesh: AbstractMesh) -> Row:

@@ -11,6 +11,7 @@ import pytest
 from test_sample import DIFFUSERS, flags
 
 import sample_jax
+from wanjax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +47,7 @@ def test_two_processes_of_four_devices(files):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = [subprocess.Popen(command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": i}, **pipes) for i in "01"]
     try:
-        (out, progress), (silent, _) = (process.communicate(timeout=600) for process in run)
+        (out, progress), (silent, _) = (process.communicate(timeout=1800) for process in run)
     finally:
         for process in run:
             process.kill()
@@ -54,3 +55,16 @@ def test_two_processes_of_four_devices(files):
     assert out.splitlines()[-1].startswith(str(files["output"]))
     assert "VAE decode" in progress
     assert "v.npy" not in silent
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=3", r"is 3 devices .* there are 8; .* use data=1,fsdp=8"),
+        ("ulysses=8", r"ulysses=8 cannot split 4 attention heads; the factors that work are 1, 2, 4; "),
+    ],
+)
+def test_meshes_that_do_not_fit(mesh, message):
+    with pytest.raises(InputError, match=message) as error:
+        sample_jax.main(flags(DIFFUSERS, mesh=mesh))
+    assert "\n" not in str(error.value)
