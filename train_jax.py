@@ -116,9 +116,10 @@ def main(argv: list[str] | None = None) -> None:
         except loop.NonFiniteError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(1)
-        if finished:
-            print(f"weights: {export(config, objective, state.best)}")
+        weights = export(config, objective, state.best) if finished else None
         if distributed.is_main():
+            if weights is not None:
+                print(f"weights: {weights}")
             how = "done" if finished else "stopped by SIGTERM; the same command goes on"
             print(f"{how}: step {checkpoints.latest} in {checkpoints.path}")
         checkpoints.close()

@@ -40,7 +40,8 @@ def export(config: TrainConfig, objective: Objective, model: Any) -> Path:
     assert config.workdir is not None
     path, new = Path(config.workdir) / "model", Path(config.workdir) / "model.new"
     folder = config.encoders or config.checkpoint
-    shutil.rmtree(new, ignore_errors=True)
+    if jax.process_index() == 0:  # only it writes
+        shutil.rmtree(new, ignore_errors=True)
     save(new, "diffusers", networks(config, objective, model), base=Checkpoint(folder) if folder else None)
     if jax.process_index() == 0:
         shutil.rmtree(path, ignore_errors=True)
