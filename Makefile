@@ -16,7 +16,7 @@ test: .venv/.installed  ## what needs neither torch nor an accelerator's compile
 	@echo "Deselected here: live (against diffusers, run 'make parity') and aot (compiles for TPUs, run 'make aot')."
 	$(BIN)/python -m pytest -n 2 -m "not live and not aot"
 
-aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of its cores, 8 GB of memory
+aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of one core, 8 GB of memory
 	$(BIN)/python -m pytest -m aot -k "$(ONLY)"
 
 aot-setup: .venv/.aot
