@@ -81,7 +81,11 @@ def parse(argv: list[str] | None = None) -> SampleConfig:
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=TYPES.get(name, str), choices=CHOICES.get(name), help=text)
     parser.add_argument("--fast", action="store_true", default=None, help="the best of the caches together")
+    parser.add_argument("--lora", action="append", metavar="PATH[:STRENGTH]", help="adapters; may be given repeatedly")
+    text = "adapters into the weights, or beside them (default: merged, but not into a checkpoint in 8 bits)"
+    parser.add_argument("--lora-merge", action=argparse.BooleanOptionalAction, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given |= {"lora": tuple(given["lora"])} if "lora" in given else {}
     file = given.pop("config", None)
     default = SampleConfig if "checkpoint" in given else demo.get_config
     return dataclasses.replace(load_config(file, SampleConfig) if file else default(), **given)
@@ -119,12 +123,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def announce(plan: Plan) -> None:
     """Print what will be done, if its outputs can be written."""
-    from wanjax import media
+    from wanjax import lora, media
 
     config = plan.config
     media.check_output(config.output)
     if config.save_latents:
         media.check_output(config.save_latents, accepted=(".npy",))
+    for file in plan.loras:
+        print(lora.describe(file, plan.dit))
     if config.note:
         print(config.note)
     frames, size = config.frames, f"{plan.width}x{plan.height}"

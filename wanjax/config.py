@@ -179,7 +179,22 @@ class SampleConfig:
     cfg_cache: str | None = None  # off, or K: the unconditional branch at every K-th step; None: off
     calibration: str | None = None  # file of `python -m wanjax.calibrate`, for teacache and magcache
     fast: bool = False  # `wanjax.caching.FAST` where the three above are None
+    lora: tuple[str, ...] = ()  # PATH or PATH:strength each; see `wanjax.lora`
+    lora_merge: bool | None = None  # into the weights; None: if these are not stored in 8 bits
     note: str | None = None  # printed before sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adapters to train; see `wanjax.lora`.
+
+    `targets` are parts of layers' names: "self_attention" is its q, k, v and o, "q" the queries of both attentions,
+    "cross_attention.k_image" one layer, "text_embedding" two. The default is every matrix of the blocks.
+    """
+
+    rank: int = 16
+    alpha: float | None = None  # the adapters count alpha / rank; None: 1, as every program reads a file without alpha
+    targets: tuple[str, ...] = ("self_attention", "cross_attention", "ffn")
 
 
 Remat = Literal["none", "block", "attention", "dots", "offload"]

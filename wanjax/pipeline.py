@@ -26,9 +26,10 @@ from sharding.distributed import is_main
 from sharding.mesh import make_mesh, parse_mesh, sampling_mesh
 from sharding.rules import parameter_sharding, replicate
 from sharding.ulysses import check_heads
-from wanjax import caching, calibration, conditioning, images, media, solvers, text
+from wanjax import caching, calibration, conditioning, images, lora, media, solvers, text
 from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
 from wanjax.convert import Checkpoint
+from wanjax.convert.lora import LoRAFile
 from wanjax.convert.mapping import NetworkName
 from wanjax.errors import InputError
 from wanjax.models.clip import CLIPVision
@@ -58,6 +59,8 @@ class Plan:
     width: int
     video_pixels: Pixels | None  # [k, H, W, 3], what the VAE sees of the given frames
     clip_pixels: Pixels | None  # [k, s, s, 3], what CLIP sees of them
+    loras: tuple[LoRAFile, ...]
+    lora_merged: bool  # into the weights, or beside them
     ids: np.ndarray  # [b, l] tokens of the prompt and, with guidance, of the negative prompt
     mask: np.ndarray
     schedule: solvers.Schedule
@@ -89,7 +92,10 @@ def prepare(config: SampleConfig) -> Plan:
     checkpoint = Checkpoint(config.checkpoint)
     dtype = jnp.dtype(config.dtype)
     dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
+    in_8_bits = dit.quantize != "off"
     dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
+    loras = lora.parse(config.lora)
+    lora_merged = lora.check(loras, dit, in_8_bits, config.lora_merge)
     check_choice(config.attention, dtype, jax.devices()[0].platform)
     umt5 = checkpoint.config("umt5", dtype=dtype, param_dtype=dtype)
     vae = checkpoint.config("vae")  # float32 as in the official code: the VAE is 1% of the work and shows every error
@@ -124,6 +130,8 @@ def prepare(config: SampleConfig) -> Plan:
         width=width,
         video_pixels=_stack([images.video_pixels(p, height, width, config.conventions) for p in pictures]),
         clip_pixels=_stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures if clip]),
+        loras=loras,
+        lora_merged=lora_merged,
         ids=ids,
         mask=mask,
         schedule=schedule,
@@ -309,7 +317,7 @@ def denoise(
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[jax.Array, float]:
     """Latents `[1, f, h, w, c]`, float32, from the plan's noise; and evaluations of the DiT."""
-    dit = _load(plan, "dit", plan.dit)
+    dit = lora.load(plan.checkpoint, plan.dit, plan.loras, plan.lora_merged, parameter_sharding)
     if image is not None:
         image = jnp.repeat(image, len(features), axis=0)  # both branches of guidance see the frames
     context = _context(dit, features, image)

@@ -25,6 +25,8 @@ from wanjax.errors import InputError
 from wanjax.ops.quantized import Format, quantize_weight
 
 ChooseSharding = Callable[[tuple[str, ...], nnx.Param], Sharding]
+Changes = Mapping[tuple[str, int | None], Callable[[jax.Array], jax.Array]]
+"""What becomes of parameters, or of single layers of them, by path and layer; see `Checkpoint.load`."""
 
 
 class Checkpoint:
@@ -95,7 +97,9 @@ class Checkpoint:
         """
         self.match(network, config)
 
-    def load(self, network: NetworkName, config: Any, sharding: ChooseSharding | None = None) -> Any:
+    def load(
+        self, network: NetworkName, config: Any, sharding: ChooseSharding | None = None, changes: Changes | None = None
+    ) -> Any:
         """The network with its weights on the devices, in the dtypes of `config`.
 
         A host holds, beyond what its devices keep, about one tensor at a time.
@@ -106,6 +110,8 @@ class Checkpoint:
           sharding: says where a parameter goes, given its path and its abstract value; the leading axis of stacked
             layers must stay whole. None: a copy on every device of the ambient mesh, or on the default device where
             there is no mesh.
+          changes: given a parameter, or a layer of it, in the dtype of the file and sharded, what to take instead of
+            it; found before it is cast or quantised.
 
         Raises:
           InputError: a tensor is unknown, missing, double or misshapen, or a file is missing or damaged.
@@ -115,7 +121,7 @@ class Checkpoint:
         matched = self.match(network, config)
         filled = {slot.path for entry in matched.values() for slot in entry.slots}
         scales = {path for path in leaves if path.endswith("kernel_scale")} - filled
-        placer = _Placer(leaves, sharding or _replicated, config.quantize if scales else None)
+        placer = _Placer(leaves, sharding or replicated, config.quantize if scales else None, changes or {})
         for file in self.weights(network).files:
             placer.place_file(file, matched)
         values = [leaf.replace(placer.values[path]) for path, leaf in leaves.items()]
@@ -213,7 +219,8 @@ def parameters(model: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _replicated(path: tuple[str, ...], leaf: nnx.Param) -> Sharding:
+def replicated(path: tuple[str, ...], leaf: nnx.Param) -> Sharding:
+    """A copy on every device of the ambient mesh, or on the default device where there is no mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.zeros(()).sharding  # the default device
     return NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
@@ -222,10 +229,11 @@ def _replicated(path: tuple[str, ...], leaf: nnx.Param) -> Sharding:
 class _Placer:
     """Collects parameters on the devices; those of stacked layers are written into one buffer layer by layer."""
 
-    def __init__(self, leaves: Mapping[str, Any], sharding: ChooseSharding, quantize: Format | None):
+    def __init__(self, leaves: Mapping[str, Any], sharding: ChooseSharding, quantize: Format | None, changes: Changes):
         self.values: dict[str, jax.Array] = {}
         self._leaves = leaves
         self._quantize: Format | None = quantize
+        self._changes = changes
         self._sharding = {path: sharding(tuple(path.split(".")), leaf) for path, leaf in leaves.items()}
         self._last: jax.Array | None = None
 
@@ -238,22 +246,25 @@ class _Placer:
     def _place(self, entry: Entry, tensor: np.ndarray, reader: Reader) -> None:
         for slot, view in entry.split(tensor):
             leaf, sharding = self._leaves[slot.path], self._sharding[slot.path]
-            if slot.layer is None:
-                self.values[slot.path] = self._put(view, leaf.dtype, sharding, reader)
-                continue
+            change = self._changes.get((slot.path, slot.layer))
             scale_path = f"{slot.path}_scale"
-            if self._quantize and scale_path in self._leaves:
-                kernel = self._put(view, view.dtype, _of_layer(sharding), reader)
-                layer, scale = _quantized(kernel, self._quantize)
+            quantize = self._quantize if scale_path in self._leaves else None
+            one = sharding if slot.layer is None else _of_layer(sharding)
+            value = self._put(view, view.dtype if change or quantize else leaf.dtype, one, reader)
+            value = change(value) if change else value
+            if quantize and slot.layer is not None:
+                value, scale = _quantized(value, quantize)
                 self._insert(scale_path, scale, slot.layer)
+            value = value.astype(leaf.dtype)  # once: what was changed or quantised came in the file's dtype
+            if slot.layer is None:
+                self.values[slot.path] = value
             else:
-                layer = self._put(view, leaf.dtype, _of_layer(sharding), reader)
-            self._insert(slot.path, layer, slot.layer)
+                self._insert(slot.path, value, slot.layer)
 
     def _insert(self, path: str, layer: jax.Array, index: int) -> None:
         if path not in self.values:
             leaf = self._leaves[path]
-            self.values[path] = _zeros(leaf.shape, leaf.dtype, self._sharding[path])
+            self.values[path] = zeros(leaf.shape, leaf.dtype, self._sharding[path])
         self.values[path] = _insert(self.values[path], layer, index)
 
     def _put(self, view: np.ndarray, dtype: DTypeLike, sharding: Sharding, reader: Reader) -> jax.Array:
@@ -277,7 +288,8 @@ def _of_layer(sharding: Sharding) -> Sharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
 
 
-def _zeros(shape: Shape, dtype: DTypeLike, sharding: Sharding) -> jax.Array:
+def zeros(shape: Shape, dtype: DTypeLike, sharding: Sharding) -> jax.Array:
+    """Zeros that are split from the beginning."""
     return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
 
 

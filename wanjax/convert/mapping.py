@@ -250,8 +250,8 @@ def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape]
         else:
             matched[name] = key
     missing = [name for name in entries if name not in matched]
-    faults = [f"has {_some(unknown, 'unknown tensor')}"] if unknown else []
-    faults += [f"lacks {_some(missing, 'tensor')}"] if missing else []
+    faults = [f"has {some(unknown, 'unknown tensor')}"] if unknown else []
+    faults += [f"lacks {some(missing, 'tensor')}"] if missing else []
     if faults:
         raise InputError(
             f"{where} {' and '.join(faults)}; give a complete Wan2.1 checkpoint, of the size its configuration says."
@@ -263,12 +263,13 @@ def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape]
     ]
     if wrong:
         raise InputError(
-            f"{where} has {_some(wrong, 'tensor')} of another shape than its configuration says; download both."
+            f"{where} has {some(wrong, 'tensor')} of another shape than its configuration says; download both."
         )
     return {key: entries[name] for name, key in matched.items()}
 
 
-def _some(items: list[str], noun: str, limit: int = 5) -> str:
+def some(items: list[str], noun: str, limit: int = 5) -> str:
+    """How many there are and the first of them, for messages."""
     head = ", ".join(sorted(items)[:limit])
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return f"{len(items)} {noun}{'s' if len(items) > 1 else ''}: {head}{more}"

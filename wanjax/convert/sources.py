@@ -57,10 +57,10 @@ class ModuleSource:
 
     def _read(self, key: str) -> np.ndarray:
         entry = self._entries[key]
-        return entry.join([_fetch(self._leaves[slot.path], slot) for slot in entry.slots])
+        return entry.join([fetch(self._leaves[slot.path], slot) for slot in entry.slots])
 
 
-def _fetch(leaf: nnx.Param, slot: Slot) -> np.ndarray:
+def fetch(leaf: nnx.Param, slot: Slot) -> np.ndarray:
     """A parameter, or one layer of it, on the host."""
     value = leaf[...] if slot.layer is None else _layer(leaf[...], slot.layer)
     if not value.is_fully_addressable:

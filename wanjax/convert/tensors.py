@@ -137,7 +137,7 @@ class SafetensorsFile:
             raise InputError(f"{path} has a header that cannot be read ({error!r}); download it again.") from error
 
     def _read_header(self, header: dict[str, Any], base: int, size: int) -> None:
-        header.pop("__metadata__", None)
+        self.metadata = dict(header.pop("__metadata__", None) or {})
         self.infos, self._start = {}, {}
         end = base
         for key, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):

@@ -56,9 +56,11 @@ def _split(infos: Mapping[str, TensorInfo], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def write_safetensors(path: Path, infos: Mapping[str, TensorInfo], read: Read, report: Report) -> None:
+def write_safetensors(
+    path: Path, infos: Mapping[str, TensorInfo], read: Read, report: Report, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes one safetensors file."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}  # transformers wants a format
     end = 0
     for key, info in infos.items():
         offsets = [end, end + info.size]

@@ -19,8 +19,40 @@ xavier = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
 
 
+class LowRank(nnx.Module):
+    """`scale * x @ a @ b` beside a linear layer: LoRA (arXiv 2106.09685). `a` `[in, r]`, `b` `[r, out]`.
+
+    Args:
+      a, b: the factors, perhaps with a leading layer axis.
+      axes: logical names of the kernel's two axes; the rank has none.
+      alpha: `scale` is alpha / r.
+    """
+
+    def __init__(self, a: Any, b: Any, *, axes: Axes, alpha: float):
+        self.a = nnx.LoRAParam(a, axes=(axes[0], None))
+        self.b = nnx.LoRAParam(b, axes=(None, axes[1]))
+        self.alpha = alpha
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[-1]
+
+    @property
+    def scale(self) -> float:
+        """What the product counts."""
+        return self.alpha / self.rank
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[.., in]` -> `[.., out]`, in the dtype of `x`, as the layer beside it."""
+        y = x @ gather(self.a[...].astype(x.dtype), x) * self.scale  # [.., r]
+        return y @ gather(self.b[...].astype(x.dtype), y)  # [.., out]
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias`, computed in the dtype of `x`. Kernel `[in, out]`, bias `[out]`.
+
+    `lora` is what `wanjax.lora` adds to the product.
 
     Args:
       in_dim, out_dim: sizes of the contracted and of the new last axis.
@@ -44,13 +76,15 @@ class Linear(nnx.Module):
     ):
         self.kernel = nnx.Param(init(rngs.params(), (in_dim, out_dim), param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype), axes=axes[1:]) if use_bias else None
+        self.lora: LowRank | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[.., in]` -> `[.., out]`."""
         # Weights may be stored wider (float32 masters) or narrower than the activations: x decides, and before they
         # travel.
         y = x @ gather(self.kernel[...].astype(x.dtype), x)  # [.., out]
-        return y if self.bias is None else y + gather(self.bias[...].astype(x.dtype))
+        y = y if self.bias is None else y + gather(self.bias[...].astype(x.dtype))
+        return y if self.lora is None else y + self.lora(x)
 
 
 class QuantizedLinear(nnx.Module):
@@ -64,6 +98,7 @@ class QuantizedLinear(nnx.Module):
         self.kernel = linear.kernel.replace(kernel)
         self.kernel_scale = nnx.Param(scale, axes=())
         self.bias = linear.bias
+        self.lora = nnx.data(linear.lora)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[.., in]` -> `[.., out]`."""
@@ -72,7 +107,8 @@ class QuantizedLinear(nnx.Module):
         bits = gather(jax.lax.bitcast_convert_type(kernel, jnp.int8))
         y = matmul(x, jax.lax.bitcast_convert_type(bits, kernel.dtype), gather(self.kernel_scale[...]))  # [.., out]
         y = y if self.bias is None else y + gather(self.bias[...]).astype(jnp.float32)
-        return y.astype(x.dtype)  # once, behind the scales and the bias
+        y = y.astype(x.dtype)  # once, behind the scales and the bias
+        return y if self.lora is None else y + self.lora(x)
 
 
 class RMSNorm(nnx.Module):

@@ -1,0 +1,550 @@
+"""Adapters: exactly nothing at first, the same merged and beside the weights, in every spelling of the files."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from test_convert import GOLDEN, assert_same_model, values
+from test_dit import close, diffusers_inputs, load, official_inputs, velocity
+from test_sample import DIFFUSERS, OFFICIAL, flags, refused
+
+import sample_jax
+from sharding.mesh import MeshShape, make_mesh
+from sharding.rules import parameter_sharding
+from wanjax import lora, pipeline
+from wanjax.config import DiTConfig, LoRAConfig
+from wanjax.convert import Checkpoint, save
+from wanjax.convert.lora import METADATA, LoRAFile
+from wanjax.errors import InputError
+from wanjax.models.dit import DiT
+from wanjax.quantize import quantize
+
+CHECKPOINT = Checkpoint(OFFICIAL)
+CONFIG = CHECKPOINT.config("dit")
+BLOCKS = LoRAConfig().targets
+LINEAR = {"self_attn": ("q", "k", "v", "o"), "cross_attn": ("q", "k", "v", "o", "k_img", "v_img"), "ffn": ("0", "2")}
+NAMES = [f"{part}.{name}" for part, names in LINEAR.items() for name in names]
+OURS = dict(zip(NAMES, (
+    "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.o", "cross_attention.q",
+    "cross_attention.k", "cross_attention.v", "cross_attention.o", "cross_attention.k_image",
+    "cross_attention.v_image", "ffn.fc_in", "ffn.fc_out",
+), strict=True))  # fmt: skip
+THEIRS = dict(zip(NAMES, (
+    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
+    "attn2.to_out.0", "attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj", "ffn.net.2",
+), strict=True))  # fmt: skip
+
+
+def step(dit):
+    """The golden step of the official checkpoint."""
+    expected = load("official")[1]
+    latents, text, image = official_inputs(expected)
+    return np.asarray(velocity(dit, latents, expected["dit_t"].astype(np.float32), text, image))
+
+
+def sizes(name):
+    c = CONFIG
+    return {"ffn.0": (c.dim, c.ffn_dim), "ffn.2": (c.ffn_dim, c.dim)}.get(name, (c.dim, c.dim))
+
+
+def factors(seed=0, rank=4, names=NAMES, dtype=np.float32):
+    """`a` [r, in] and `b` [out, r] of every layer of every block, by its official name."""
+    rng = np.random.default_rng(seed)
+    pairs = {}
+    for i, name in itertools.product(range(CONFIG.num_layers), names):
+        fan_in, fan_out = sizes(name)
+        a, b = rng.standard_normal((rank, fan_in)) / fan_in**0.5, 0.1 * rng.standard_normal((fan_out, rank))
+        pairs[f"blocks.{i}.{name}"] = a.astype(dtype), b.astype(dtype)
+    return pairs
+
+
+def write(path, tensors, metadata=None):
+    safetensors.numpy.save_file(tensors, path, metadata)
+    return str(path)
+
+
+def official(pairs, a="lora_A", b="lora_B", prefix="diffusion_model."):
+    return {
+        f"{prefix}{name}.{factor}.weight": x for name, (down, up) in pairs.items() for factor, x in ((a, down), (b, up))
+    }
+
+
+def merged_by_hand(*files):
+    """The golden network's parameters with `(pairs, scale)` added, in float64."""
+    out = {path: x.astype(np.float64) for path, x in values(load("official")[0]).items()}
+    for pairs, scale in files:
+        for name, (a, b) in pairs.items():
+            _, i, rest = name.split(".", 2)
+            out[f"blocks.{OURS[rest]}.kernel"][int(i)] += scale * (b.astype(np.float64) @ a.astype(np.float64)).T
+    return out
+
+
+def assert_close_to(dit, wanted, atol=2e-6):
+    got = values(dit)
+    assert got.keys() == wanted.keys()
+    for path, x in wanted.items():
+        np.testing.assert_allclose(got[path], x, atol=atol, err_msg=path)
+
+
+def load_files(*arguments, merged=True, config=CONFIG, sharding=None):
+    return lora.load(CHECKPOINT, config, lora.parse(arguments), merged, sharding)
+
+
+def attached(rank=4, alpha=None, targets=BLOCKS, dit=None, zero=False):
+    """An adapted golden network whose `b` are not zero."""
+    config = LoRAConfig(rank=rank, alpha=alpha, targets=targets)
+    dit = lora.attach(load("official")[0] if dit is None else dit, config, nnx.Rngs(0))
+    for i, layer in enumerate(x for x in lora.linear_layers(dit).values() if x.lora is not None and not zero):
+        noise = 0.1 * jax.random.normal(jax.random.key(i), layer.lora.b.shape)
+        layer.lora.b = layer.lora.b.replace(noise)
+    return dit
+
+
+# ---- in memory
+
+
+def test_nothing_changes_at_first():
+    dit = load("official")[0]
+    adapted = attached(zero=True)
+    np.testing.assert_array_equal(step(adapted), step(dit))
+    assert all(layer.lora is None for layer in lora.linear_layers(dit).values())
+    trained = [x for x in jax.tree.leaves(adapted, is_leaf=lambda x: isinstance(x, nnx.Variable)) if lora.is_adapter(x)]
+    assert len(trained) == 2 * len(NAMES)
+    assert sum(x.size for x in trained) == 4 * CONFIG.num_layers * sum(sum(sizes(name)) for name in NAMES)
+
+
+def test_merged_equals_unmerged():
+    others = ("head", "image_embedding", "text_embedding", "time_embedding", "time_projection")
+    adapted = attached(alpha=6.0, targets=(*BLOCKS, *others))
+    merged = lora.merge(adapted)
+    assert all(layer.lora is None for layer in lora.linear_layers(merged).values())
+    assert values(merged).keys() == values(load("official")[0]).keys()
+    ours, base = step(adapted), step(load("official")[0])
+    assert np.abs(ours - base).max() > 0.1
+    assert np.abs(step(merged) - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
+    smaller = adapted.without_context()
+    latents, text, image = official_inputs(load("official")[1])
+    timestep = load("official")[1]["dit_t"].astype(np.float32)
+    context = jax.jit(lambda m: m.context(text, image))(adapted)
+    np.testing.assert_array_equal(jax.jit(lambda m, c: m(latents, timestep, c))(smaller, context), ours)
+
+
+@pytest.mark.parametrize(
+    ("targets", "paths"),
+    [
+        (("q",), ["self_attention.q", "cross_attention.q"]),
+        (("cross_attention.k_image", "fc_out"), ["cross_attention.k_image", "ffn.fc_out"]),
+    ],
+)
+def test_targets(targets, paths):
+    layers = lora.linear_layers(attached(targets=targets))
+    in_blocks = [path.removeprefix("blocks.") for path, x in layers.items() if x.lora and path.startswith("blocks.")]
+    assert sorted(in_blocks) == sorted(paths)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LoRAConfig(rank=0), ["rank 0", "from 1"]),
+        (LoRAConfig(alpha=-1.0), ["alpha -1.0"]),
+        (LoRAConfig(targets=("to_q", "ffn")), ["to_q", "blocks.self_attention.q"]),
+        (LoRAConfig(targets=()), ["of no layer"]),
+    ],
+)
+def test_bad_configs(config, words):
+    with pytest.raises(InputError) as caught:
+        lora.attach(load("official")[0], config, nnx.Rngs(0))
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_beside_quantised_weights(layers, tmp_path):
+    """The adapter is exact; the product beside it is as the quantised network's."""
+    base = quantize(load("official")[0], "int8", layers)
+    adapted = attached(dit=base, targets=("ffn.fc_in",))
+    x = jax.random.normal(jax.random.key(9), (5, CONFIG.dim))
+    first = jax.tree.map(lambda x: x[0], adapted.stacks[-1].ffn.fc_in)
+    plain = jax.tree.map(lambda x: x[0], base.stacks[-1].ffn.fc_in)
+    np.testing.assert_allclose(first(x) - plain(x), x @ first.lora.a[...] @ first.lora.b[...], atol=1e-5)
+    with pytest.raises(InputError, match=r"ffn\.fc_in is in 8 bits"):
+        lora.merge(adapted)
+    lora.save(tmp_path / "a.safetensors", adapted)
+    (file,) = lora.parse([str(tmp_path / "a.safetensors")])
+    assert len(file.terms(base.config)) == len(file.terms(CONFIG)) == CONFIG.num_layers
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("sizes", [{"rank": 4}, {"rank": 3, "alpha": 5.0, "targets": ("v", "text_embedding")}], ids=str)
+def test_round_trip(sizes, tmp_path):
+    adapted = attached(**sizes)
+    lora.save(tmp_path / "a.safetensors", adapted)
+    again = load_files(str(tmp_path / "a.safetensors"), merged=False)
+    assert_same_model(again, adapted)
+    np.testing.assert_array_equal(step(again), step(adapted))
+    lora.save(tmp_path / "b.safetensors", again)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+    with safetensors.safe_open(tmp_path / "a.safetensors", "np") as file:
+        assert all(key.startswith("transformer.") and ".lora_" in key for key in file.keys())  # noqa: SIM118
+        settings = json.loads(file.metadata()[METADATA])
+    assert settings["transformer.r"] == sizes["rank"]
+    assert settings["transformer.lora_alpha"] == sizes.get("alpha", sizes["rank"])
+    with pytest.raises(InputError, match="no adapters to write"):
+        lora.save(tmp_path / "c.safetensors", load("official")[0])
+    with pytest.raises(InputError, match="cannot be written"):
+        lora.save(tmp_path / "a.safetensors/c.safetensors", adapted)
+
+
+SPELLINGS = {
+    "comfyui": lambda pairs: official(pairs),
+    "lightx2v": lambda pairs: (
+        official(pairs, "lora_down", "lora_up")
+        | {f"diffusion_model.{name}.alpha": np.array(8, ml_dtypes.bfloat16) for name in pairs}
+    ),
+    "diffsynth": lambda pairs: official(pairs, "lora_A.default", "lora_B.default", prefix=""),
+    "peft": lambda pairs: official(pairs, prefix="base_model.model."),
+    "kohya": lambda pairs: {
+        f"lora_unet_{name.replace('.', '_')}.{part}": x
+        for name, (a, b) in pairs.items()
+        for part, x in (("lora_down.weight", a), ("lora_up.weight", b), ("alpha", np.array(8, np.float16)))
+    },
+    "diffusers": lambda pairs: {
+        f"transformer.blocks.{i}.{THEIRS[name]}.{part}.weight": x
+        for key, pair in pairs.items()
+        for _, i, name in [key.split(".", 2)]
+        for part, x in zip(("lora_A", "lora_B"), pair, strict=True)
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings(spelling, dtype, tmp_path):
+    pairs = factors(dtype=dtype)
+    path = write(tmp_path / "a.safetensors", SPELLINGS[spelling](pairs))
+    scale = 8 / 4 if spelling in ("lightx2v", "kohya") else 1
+    assert_close_to(load_files(path), merged_by_hand((pairs, scale)))
+
+
+def test_differences_in_full(tmp_path):
+    rng = np.random.default_rng(1)
+    base, c = load("official")[0], CONFIG
+    changes = {  # by key: the parameter, and its layer
+        "blocks.1.self_attn.q.diff_b": ("blocks.self_attention.q.bias", 1, (c.dim,)),
+        "blocks.2.cross_attn.norm_k_img.diff": ("blocks.cross_attention.norm_k_image.scale", 2, (c.dim,)),
+        "blocks.0.norm3.diff_b": ("blocks.norm_cross.bias", 0, (c.dim,)),
+        "blocks.1.diff_m": ("blocks.modulation", 1, (1, 6, c.dim)),
+        "head.diff_m": ("head.modulation", None, (1, 2, c.dim)),
+        "head.head.diff": ("head.linear.kernel", None, (64, c.dim)),
+        "patch_embedding.diff": ("patch_embedding.kernel", None, (c.dim, 36, 1, 2, 2)),
+        "img_emb.proj.1.diff": ("image_embedding.fc_in.kernel", None, (c.image_dim, c.image_dim)),
+        "blocks.0.ffn.0.diff": ("blocks.ffn.fc_in.kernel", 0, (c.ffn_dim, c.dim)),
+    }
+    tensors = {f"diffusion_model.{key}": rng.standard_normal(x[2]).astype(np.float32) for key, x in changes.items()}
+    wanted = values(base)
+    for (path, layer, shape), x in zip(changes.values(), tensors.values(), strict=True):
+        x = x[0] if len(shape) == 3 else x.transpose({1: (0,), 2: (1, 0), 5: (2, 3, 4, 1, 0)}[x.ndim])
+        target = wanted[path] = wanted[path].copy()
+        target[... if layer is None else layer] += 0.5 * x
+    path = write(tmp_path / "a.safetensors", tensors)
+    for merged in (True, False):
+        assert_close_to(load_files(f"{path}:0.5", merged=merged), wanted)
+    (file,) = lora.parse([path])
+    assert "adapters of 0 layers, 9 differences in full" in lora.describe(file, CONFIG)
+
+
+def test_alpha_of_the_metadata_and_biases(tmp_path):
+    """As PEFT counts them: patterns, rank-stabilised scales, biases of B with the scale."""
+    pairs = factors(names=("self_attn.q", "ffn.0"))
+    bias = np.arange(CONFIG.dim, dtype=np.float32)
+    tensors = SPELLINGS["diffusers"](pairs) | {"transformer.blocks.2.attn1.to_q.lora_B.bias": bias}
+    settings = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"ffn.net.0.proj": 2}, "use_rslora": True}
+    settings = {METADATA: json.dumps({f"transformer.{name}": x for name, x in settings.items()})}
+    path = write(tmp_path / "a.safetensors", tensors, settings)
+    split = [({k: x for k, x in pairs.items() if word in k}, s) for word, s in (("ffn", 2 / 2), ("self", 6 / 2))]
+    wanted = merged_by_hand(*split)
+    wanted["blocks.self_attention.q.bias"][2] += 3 * bias
+    assert_close_to(load_files(path), wanted, atol=1e-5)
+    # PEFT's own folder says the same beside the file.
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    write(folder / "adapter_model.safetensors", SPELLINGS["peft"](pairs))
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "use_dora": False}))
+    assert_close_to(load_files(str(folder)), merged_by_hand((pairs, 2 / 4)))
+
+
+def test_several_at_once(tmp_path):
+    """Other ranks, other layers, other strengths; a sum, whether merged or not."""
+    pairs = factors(1, 4), factors(2, 2, ("self_attn.q", "ffn.2")), factors(3, 1, ("self_attn.q",))
+    del pairs[1]["blocks.0.self_attn.q"]
+    files = [write(tmp_path / f"{i}.safetensors", official(x)) for i, x in enumerate(pairs)]
+    arguments = f"{files[0]}:0.5", files[1], f"{files[2]}:-2"
+    merged = load_files(*arguments)
+    assert_close_to(merged, merged_by_hand((pairs[0], 0.5), (pairs[1], 1), (pairs[2], -2)))
+    beside = load_files(*arguments, merged=False)
+    assert beside.blocks.self_attention.q.lora.rank == 4 + 2 + 1
+    assert beside.blocks.ffn.fc_in.lora.rank == 4
+    ours = step(beside)
+    assert np.abs(ours - step(load("official")[0])).max() > 0.1
+    assert np.abs(step(merged) - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
+
+
+def test_bfloat16_weights_are_rounded_once(tmp_path):
+    pairs = factors(dtype=ml_dtypes.bfloat16)
+    path = write(tmp_path / "a.safetensors", official(pairs))
+    dit = load_files(path, config=dataclasses.replace(CONFIG, param_dtype=jnp.bfloat16))
+    wanted = merged_by_hand((pairs, 1))["blocks.ffn.fc_in.kernel"].astype(np.float32).astype(ml_dtypes.bfloat16)
+    different = values(dit)["blocks.ffn.fc_in.kernel"] != wanted
+    assert np.mean(different) < 1e-3  # where float32 and float64 lie on two sides of a rounding
+
+
+def test_merged_before_weights_are_quantised(tmp_path):
+    path = write(tmp_path / "a.safetensors", official(factors()))
+    config = dataclasses.replace(CONFIG, quantize="int8", quantized_layers=(1, 3))
+    assert_same_model(load_files(path, config=config), quantize(load_files(path), "int8", (1, 3)))
+
+
+def test_a_checkpoint_in_8_bits(tmp_path):
+    save(tmp_path / "c", "official", {"dit": quantize(load("official")[0], "int8")}, base=CHECKPOINT, pth=False)
+    path = write(tmp_path / "a.safetensors", official(factors()))
+    argv = flags(OFFICIAL, checkpoint=tmp_path / "c", lora=path)
+    plan = pipeline.prepare(sample_jax.parse(argv))
+    assert not plan.lora_merged
+    dit = lora.load(plan.checkpoint, plan.dit, plan.loras, plan.lora_merged)
+    assert dit.blocks.ffn.fc_in.lora.rank == 4
+    refused([*argv, "--lora-merge"], ["--lora-merge", "8 bits"])
+    difference = np.zeros((CONFIG.ffn_dim, CONFIG.dim), np.float32)
+    path = write(tmp_path / "b.safetensors", {"diffusion_model.blocks.0.ffn.0.diff": difference})
+    refused(flags(OFFICIAL, checkpoint=tmp_path / "c", lora=path), ["blocks.0.ffn.0.diff", "in full", "8 bits"])
+
+
+def test_of_a_t2v_network(tmp_path):
+    """Its layers are a part of ours; the patch embedding gets nothing for the control branch's channels."""
+    rng = np.random.default_rng(4)
+    pairs = factors(names=NAMES[:8] + NAMES[10:])
+    down, up = rng.standard_normal((4, 16, 1, 2, 2)), rng.standard_normal((CONFIG.dim, 4, 1, 1, 1))
+    key = "diffusion_model.patch_embedding"
+    tensors = official(pairs) | {f"{key}.lora_down.weight": down.astype(np.float32)}
+    path = write(tmp_path / "a.safetensors", tensors | {f"{key}.lora_up.weight": up.astype(np.float32)})
+    wanted = merged_by_hand((pairs, 1))
+    product = np.einsum("rcthw,or->thwco", down, up[..., 0, 0, 0])
+    wanted["patch_embedding.kernel"][..., :16, :] += product
+    assert_close_to(load_files(path), wanted, atol=1e-5)
+    (file,) = lora.parse([path])
+    line = lora.describe(file, CONFIG)
+    assert line == f"{path} at 1: adapters of 31 layers; none for cross_attention.k_image, cross_attention.v_image"
+
+
+def one(**parts):
+    return {f"blocks.0.ffn.0.{name.replace('__', '.')}": x for name, x in parts.items()}
+
+
+A, B = np.zeros((2, 128), np.float32), np.zeros((160, 2), np.float32)
+REFUSED = {
+    "empty": ({}, ["is empty", "flf2v network of 3 layers of width 128"]),
+    "layer": ({"blocks.7.ffn.0.lora_A.weight": A, "blocks.7.ffn.0.lora_B.weight": B}, ["blocks.7.ffn.0.lora_A.weight"]),
+    "key": (one(lora_A__weight=A, lora_B__weight=B, lora_mid__weight=A), ["1 tensor: blocks.0.ffn.0.lora_mid.weight"]),
+    "half": (one(lora_A__weight=A), ["lacks 1 tensor: lora_B of blocks.0.ffn.0"]),
+    "in": (one(lora_A__weight=A[:, 1:].copy(), lora_B__weight=B), ["given [2, 127], expected [2, 128]"]),
+    "out": (one(lora_A__weight=A, lora_B__weight=B[1:].copy()), ["given [159, 2], expected [160, 2]"]),
+    "rank": (one(lora_A__weight=A, lora_B__weight=B[:, 1:].copy()), ["given [160, 1], expected [160, 2]"]),
+    "bias": (one(diff_b=np.zeros(128, np.float32)), ["given [128], expected [160]"]),
+    "norm": ({"blocks.0.norm3.lora_A.weight": A, "blocks.0.norm3.lora_B.weight": B}, ["blocks.0.norm3.lora_A.weight"]),
+    "no bias": ({"blocks.0.self_attn.norm_q.diff_b": A[0]}, ["blocks.0.self_attn.norm_q.diff_b"]),
+    "twice": (one(lora_A__weight=A, lora_down__weight=A, lora_B__weight=B), ["both", "remove one"]),
+    "dora": (one(lora_A__weight=A, lora_B__weight=B, dora_scale=A), ["dora_scale", "plain LoRA"]),
+    "lokr": (one(lokr_w1=A, lokr_w2=B), ["lokr_w1", "plain LoRA"]),
+}
+
+
+@pytest.mark.parametrize(("tensors", "words"), REFUSED.values(), ids=REFUSED)
+def test_bad_files(tensors, words, tmp_path):
+    path = write(tmp_path / "a.safetensors", tensors)
+    refused(flags(OFFICIAL, lora=path, output=tmp_path / "v.npy"), ["a.safetensors", *words])
+
+
+def test_bad_arguments(tmp_path):
+    path = tmp_path / "a.safetensors"
+    refused(flags(OFFICIAL, lora=path), ["a.safetensors", "nor a folder with pytorch_lora_weights.safetensors"])
+    refused(flags(OFFICIAL, lora=tmp_path), ["is not a .safetensors file"])
+    refused(flags(OFFICIAL, lora=f"{path}:much"), ["a.safetensors:much"])
+    path.write_bytes(b"\0" * 20)
+    refused(flags(OFFICIAL, lora=path), ["a.safetensors", "not a safetensors file"])
+    write(path, official(factors()))
+    refused(flags(OFFICIAL, lora=f"{path}:nan"), ["a finite strength", f"{path}:1"])
+    colon = write(tmp_path / "a:2.safetensors", official(factors()))
+    assert lora.parse([colon])[0].strength == 1
+    assert lora.parse([f"{colon}:2e-1"])[0].strength == 0.2
+    write(path, official(factors()), {METADATA: "{"})
+    refused(flags(OFFICIAL, lora=path), ["a.safetensors", "unreadable metadata"])
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    """From the flags to the latents, with features and a control branch that are made up."""
+
+    def sample(plan):
+        keys = jax.random.split(jax.random.key(0), 3)
+        features = jax.random.normal(keys[0], (1, 512, CONFIG.text_dim))
+        image = jax.random.normal(keys[1], (1, CONFIG.image_positions, CONFIG.image_dim))
+        control = jax.random.normal(keys[2], (*plan.noise.shape[:-1], 20))
+        with jax.set_mesh(plan.mesh):
+            latents = pipeline.denoise(plan, features, image, control)
+        return pipeline.Result(np.asarray(latents), np.zeros((9, 48, 64, 3), np.uint8), {})
+
+    monkeypatch.setattr(pipeline, "sample", sample)
+    files = [write(tmp_path / f"{i}.safetensors", official(factors(i))) for i in range(2)]
+    given = ["--lora", files[0], "--lora", f"{files[1]}:0.5"]
+    run = {"steps": 2, "guidance": 1, "solver": "euler", "output": tmp_path / "v.npy"}
+    latents = {}
+    for name, switches in {"none": [], "merged": given, "beside": [*given, "--no-lora-merge"]}.items():
+        sample_jax.main([*flags(OFFICIAL, **run, save_latents=tmp_path / "l.npy"), *switches])
+        latents[name] = np.load(tmp_path / "l.npy")
+    assert f"{files[1]} at 0.5: adapters of 36 layers\n" in capsys.readouterr().out
+    assert np.abs(latents["merged"] - latents["none"]).max() > 0.1
+    np.testing.assert_allclose(latents["beside"], latents["merged"], atol=1e-4)
+
+
+def test_exit_code_and_one_line():
+    argv = flags(OFFICIAL, lora="nowhere.safetensors")
+    run = subprocess.run([sys.executable, sample_jax.__file__, *argv], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: LoRA nowhere.safetensors")
+    assert run.stderr.count("\n") == 1
+
+
+# ---- sharded
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_on_a_mesh(merged, tmp_path):
+    pairs = factors(names=("self_attn.q", "cross_attn.k_img", "ffn.0", "ffn.2"))
+    key = "diffusion_model.patch_embedding"
+    extra = {f"{key}.diff": np.ones((128, 36, 1, 2, 2), np.float32), f"{key}.diff_b": np.ones(128, np.float32)}
+    path = write(tmp_path / "a.safetensors", official(pairs) | extra)
+    alone = load_files(path, merged=merged)
+    expected, bare = step(alone), step(load("official")[0])
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, ring=2, ulysses=2))):
+        placed = load_files(path, merged=merged, sharding=parameter_sharding)
+        layer = placed.blocks.ffn.fc_in
+        parameter = layer.kernel if merged else layer.lora.a
+        assert len({str(shard.index) for shard in parameter[...].addressable_shards}) == 8
+        for x, y in zip(values(placed).values(), values(alone).values(), strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-6)
+        assert np.abs(step(placed) - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+        if not merged:
+            lora.save(tmp_path / "b.safetensors", placed)
+            merged_there = values(lora.merge(placed))
+            again = lora.attach(CHECKPOINT.load("dit", CONFIG, parameter_sharding), LoRAConfig(rank=2), nnx.Rngs(0))
+            assert len({str(shard.index) for shard in again.blocks.ffn.fc_in.lora.a[...].addressable_shards}) == 8
+            assert np.abs(step(again) - bare).max() <= 1e-4 * max(1, np.abs(bare).max())
+    if not merged:
+        lora.save(tmp_path / "c.safetensors", alone)
+        assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+        assert_close_to(lora.merge(alone), merged_there)
+
+
+def test_14b_fits_the_rules():
+    """A rank-32 file's adapters of 14B: sizes and names, without any weights."""
+    c = DiTConfig()
+    dit = jax.eval_shape(lambda: lora.attach(DiT(c, nnx.Rngs(0)), LoRAConfig(rank=32), nnx.Rngs(0)))
+    count = sum(x.lora.a.size + x.lora.b.size for x in lora.linear_layers(dit).values() if x.lora is not None)
+    assert count == 40 * 32 * (10 * 2 * c.dim + 2 * (c.dim + c.ffn_dim))
+
+
+# ---- diffusers
+
+
+def reference():
+    """The golden transformer as diffusers has it, and the inputs of its golden step."""
+    import diffusers
+    import torch
+
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(DIFFUSERS / "transformer").eval()
+    expected = np.load(GOLDEN / "diffusers/expected.npz")
+    latents = np.concatenate([expected["init_noise"], expected["condition"]], axis=1)
+    names = ("dit_timestep", "prompt_embeds", "clip_features")
+    inputs = [torch.from_numpy(x) for x in (latents, *(np.atleast_1d(expected[name]) for name in names))]
+
+    def run():
+        with torch.no_grad():
+            return np.moveaxis(transformer(*inputs).sample.numpy(), 1, -1)
+
+    latents, text, image = diffusers_inputs(expected)
+    timestep = np.atleast_1d(expected["dit_timestep"]).astype(np.float32)
+    return transformer, run, lambda dit: velocity(dit, latents, timestep, text, image)
+
+
+@pytest.mark.live
+def test_diffusers_reads_ours(tmp_path):
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    targets = (*BLOCKS, "text_embedding", "time_projection", "image_embedding", "head")
+    adapted = attached(dit=load("diffusers")[0], rank=3, alpha=7.0, targets=targets)
+    lora.save(tmp_path / "pytorch_lora_weights.safetensors", adapted)
+    transformer, run, ours = reference()
+    before = run()
+    state, metadata = WanLoraLoaderMixin.lora_state_dict(str(tmp_path), return_lora_metadata=True)
+    WanLoraLoaderMixin.load_lora_into_transformer(state, transformer, metadata=metadata)
+    assert np.abs(run() - before).max() > 0.1
+    close(ours(adapted), run())
+    close(ours(lora.merge(adapted)), run())
+
+
+@pytest.mark.live
+def test_ours_reads_diffusers(tmp_path):
+    import peft
+    import torch
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+    from diffusers.training_utils import _collate_lora_metadata
+
+    transformer, run, ours = reference()
+    targets = ["to_q", "to_k", "to_out.0", "add_k_proj", "ffn.net.2", "patch_embedding", "proj_out"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, init_lora_weights=False,
+        rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 5, "proj_out": 1},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformer.add_adapter(config)
+    layers = peft.get_peft_model_state_dict(transformer)
+    metadata = _collate_lora_metadata({"transformer": transformer})
+    WanLoraLoaderMixin.save_lora_weights(str(tmp_path), layers, **metadata)
+    checkpoint = Checkpoint(DIFFUSERS)
+    files = (LoRAFile(tmp_path),)
+    for merged in (True, False):
+        close(ours(lora.load(checkpoint, checkpoint.config("dit"), files, merged)), run())
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("spelling", ["lightx2v", "kohya"])
+def test_ours_and_diffusers_read_the_same(spelling, tmp_path):
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    checkpoint = Checkpoint(DIFFUSERS)
+    c = checkpoint.config("dit")
+    rng = np.random.default_rng(5)
+    pairs = {}
+    for i, name in itertools.product(range(c.num_layers), NAMES):
+        fan_in, fan_out = {"ffn.0": (c.dim, c.ffn_dim), "ffn.2": (c.ffn_dim, c.dim)}.get(name, (c.dim, c.dim))
+        shapes = (4, fan_in), (fan_out, 4)
+        pairs[f"blocks.{i}.{name}"] = tuple(0.2 * rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    tensors = SPELLINGS[spelling](pairs)
+    if spelling == "lightx2v":
+        differences = {name: rng.standard_normal(len(b)).astype(np.float32) for name, (_, b) in pairs.items()}
+        tensors |= {f"diffusion_model.{name}.diff_b": x for name, x in differences.items()}
+    path = write(
+        tmp_path / "a.safetensors", {k: np.asarray(x, np.float32) for k, x in tensors.items()}, {"format": "pt"}
+    )
+    transformer, run, ours = reference()
+    WanLoraLoaderMixin.load_lora_into_transformer(WanLoraLoaderMixin.lora_state_dict(path), transformer)
+    close(ours(lora.load(checkpoint, c, lora.parse([path]), merged=True)), run())
