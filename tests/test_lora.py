@@ -1,20 +1,30 @@
-"""Adapters: exactly nothing at first, the same merged and beside the weights, in every spelling of the files."""
+"""Adapters: exactly nothing at first, the same merged and beside the weights, on a mesh, and in diffusers."""
 
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
 from test_convert import GOLDEN, assert_same_model, values
 from test_dit import close, diffusers_inputs, load, official_inputs, velocity
+from test_lora_files import (
+    BLOCKS,
+    CHECKPOINT,
+    CONFIG,
+    NAMES,
+    SPELLINGS,
+    assert_close_to,
+    factors,
+    load_files,
+    official,
+    sizes,
+    step,
+    write,
+)
 from test_sample import DIFFUSERS, OFFICIAL, flags, refused
 
 import sample_jax
@@ -27,76 +37,6 @@ from wanjax.convert.lora import METADATA, LoRAFile
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.quantize import quantize
-
-CHECKPOINT = Checkpoint(OFFICIAL)
-CONFIG = CHECKPOINT.config("dit")
-BLOCKS = LoRAConfig().targets
-LINEAR = {"self_attn": ("q", "k", "v", "o"), "cross_attn": ("q", "k", "v", "o", "k_img", "v_img"), "ffn": ("0", "2")}
-NAMES = [f"{part}.{name}" for part, names in LINEAR.items() for name in names]
-OURS = dict(zip(NAMES, (
-    "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.o", "cross_attention.q",
-    "cross_attention.k", "cross_attention.v", "cross_attention.o", "cross_attention.k_image",
-    "cross_attention.v_image", "ffn.fc_in", "ffn.fc_out",
-), strict=True))  # fmt: skip
-THEIRS = dict(zip(NAMES, (
-    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
-    "attn2.to_out.0", "attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj", "ffn.net.2",
-), strict=True))  # fmt: skip
-
-
-def step(dit):
-    """The golden step of the official checkpoint."""
-    expected = load("official")[1]
-    latents, text, image = official_inputs(expected)
-    return np.asarray(velocity(dit, latents, expected["dit_t"].astype(np.float32), text, image))
-
-
-def sizes(name):
-    c = CONFIG
-    return {"ffn.0": (c.dim, c.ffn_dim), "ffn.2": (c.ffn_dim, c.dim)}.get(name, (c.dim, c.dim))
-
-
-def factors(seed=0, rank=4, names=NAMES, dtype=np.float32):
-    """`a` [r, in] and `b` [out, r] of every layer of every block, by its official name."""
-    rng = np.random.default_rng(seed)
-    pairs = {}
-    for i, name in itertools.product(range(CONFIG.num_layers), names):
-        fan_in, fan_out = sizes(name)
-        a, b = rng.standard_normal((rank, fan_in)) / fan_in**0.5, 0.1 * rng.standard_normal((fan_out, rank))
-        pairs[f"blocks.{i}.{name}"] = a.astype(dtype), b.astype(dtype)
-    return pairs
-
-
-def write(path, tensors, metadata=None):
-    safetensors.numpy.save_file(tensors, path, metadata)
-    return str(path)
-
-
-def official(pairs, a="lora_A", b="lora_B", prefix="diffusion_model."):
-    return {
-        f"{prefix}{name}.{factor}.weight": x for name, (down, up) in pairs.items() for factor, x in ((a, down), (b, up))
-    }
-
-
-def merged_by_hand(*files):
-    """The golden network's parameters with `(pairs, scale)` added, in float64."""
-    out = {path: x.astype(np.float64) for path, x in values(load("official")[0]).items()}
-    for pairs, scale in files:
-        for name, (a, b) in pairs.items():
-            _, i, rest = name.split(".", 2)
-            out[f"blocks.{OURS[rest]}.kernel"][int(i)] += scale * (b.astype(np.float64) @ a.astype(np.float64)).T
-    return out
-
-
-def assert_close_to(dit, wanted, atol=2e-6):
-    got = values(dit)
-    assert got.keys() == wanted.keys()
-    for path, x in wanted.items():
-        np.testing.assert_allclose(got[path], x, atol=atol, err_msg=path)
-
-
-def load_files(*arguments, merged=True, config=CONFIG, sharding=None):
-    return lora.load(CHECKPOINT, config, lora.parse(arguments), merged, sharding)
 
 
 def attached(rank=4, alpha=None, targets=BLOCKS, dit=None, zero=False):
@@ -182,9 +122,6 @@ def test_beside_quantised_weights(layers, tmp_path):
     assert len(file.terms(base.config)) == len(file.terms(CONFIG)) == CONFIG.num_layers
 
 
-# ---- files
-
-
 @pytest.mark.parametrize("sizes", [{"rank": 4}, {"rank": 3, "alpha": 5.0, "targets": ("v", "text_embedding")}], ids=str)
 def test_round_trip(sizes, tmp_path):
     adapted = attached(**sizes)
@@ -204,109 +141,6 @@ def test_round_trip(sizes, tmp_path):
         lora.save(tmp_path / "c.safetensors", load("official")[0])
     with pytest.raises(InputError, match="cannot be written"):
         lora.save(tmp_path / "a.safetensors/c.safetensors", adapted)
-
-
-SPELLINGS = {
-    "comfyui": lambda pairs: official(pairs),
-    "lightx2v": lambda pairs: (
-        official(pairs, "lora_down", "lora_up")
-        | {f"diffusion_model.{name}.alpha": np.array(8, ml_dtypes.bfloat16) for name in pairs}
-    ),
-    "diffsynth": lambda pairs: official(pairs, "lora_A.default", "lora_B.default", prefix=""),
-    "peft": lambda pairs: official(pairs, prefix="base_model.model."),
-    "kohya": lambda pairs: {
-        f"lora_unet_{name.replace('.', '_')}.{part}": x
-        for name, (a, b) in pairs.items()
-        for part, x in (("lora_down.weight", a), ("lora_up.weight", b), ("alpha", np.array(8, np.float16)))
-    },
-    "diffusers": lambda pairs: {
-        f"transformer.blocks.{i}.{THEIRS[name]}.{part}.weight": x
-        for key, pair in pairs.items()
-        for _, i, name in [key.split(".", 2)]
-        for part, x in zip(("lora_A", "lora_B"), pair, strict=True)
-    },
-}
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings(spelling, dtype, tmp_path):
-    pairs = factors(dtype=dtype)
-    path = write(tmp_path / "a.safetensors", SPELLINGS[spelling](pairs))
-    scale = 8 / 4 if spelling in ("lightx2v", "kohya") else 1
-    assert_close_to(load_files(path), merged_by_hand((pairs, scale)))
-
-
-def test_differences_in_full(tmp_path):
-    rng = np.random.default_rng(1)
-    base, c = load("official")[0], CONFIG
-    changes = {  # by key: the parameter, and its layer
-        "blocks.1.self_attn.q.diff_b": ("blocks.self_attention.q.bias", 1, (c.dim,)),
-        "blocks.2.cross_attn.norm_k_img.diff": ("blocks.cross_attention.norm_k_image.scale", 2, (c.dim,)),
-        "blocks.0.norm3.diff_b": ("blocks.norm_cross.bias", 0, (c.dim,)),
-        "blocks.1.diff_m": ("blocks.modulation", 1, (1, 6, c.dim)),
-        "head.diff_m": ("head.modulation", None, (1, 2, c.dim)),
-        "head.head.diff": ("head.linear.kernel", None, (64, c.dim)),
-        "patch_embedding.diff": ("patch_embedding.kernel", None, (c.dim, 36, 1, 2, 2)),
-        "img_emb.proj.1.diff": ("image_embedding.fc_in.kernel", None, (c.image_dim, c.image_dim)),
-        "blocks.0.ffn.0.diff": ("blocks.ffn.fc_in.kernel", 0, (c.ffn_dim, c.dim)),
-    }
-    tensors = {f"diffusion_model.{key}": rng.standard_normal(x[2]).astype(np.float32) for key, x in changes.items()}
-    wanted = values(base)
-    for (path, layer, shape), x in zip(changes.values(), tensors.values(), strict=True):
-        x = x[0] if len(shape) == 3 else x.transpose({1: (0,), 2: (1, 0), 5: (2, 3, 4, 1, 0)}[x.ndim])
-        target = wanted[path] = wanted[path].copy()
-        target[... if layer is None else layer] += 0.5 * x
-    path = write(tmp_path / "a.safetensors", tensors)
-    for merged in (True, False):
-        assert_close_to(load_files(f"{path}:0.5", merged=merged), wanted)
-    (file,) = lora.parse([path])
-    assert "adapters of 0 layers, 9 differences in full" in lora.describe(file, CONFIG)
-
-
-def test_alpha_of_the_metadata_and_biases(tmp_path):
-    """As PEFT counts them: patterns, rank-stabilised scales, biases of B with the scale."""
-    pairs = factors(names=("self_attn.q", "ffn.0"))
-    bias = np.arange(CONFIG.dim, dtype=np.float32)
-    tensors = SPELLINGS["diffusers"](pairs) | {"transformer.blocks.2.attn1.to_q.lora_B.bias": bias}
-    settings = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"ffn.net.0.proj": 2}, "use_rslora": True}
-    settings = {METADATA: json.dumps({f"transformer.{name}": x for name, x in settings.items()})}
-    path = write(tmp_path / "a.safetensors", tensors, settings)
-    split = [({k: x for k, x in pairs.items() if word in k}, s) for word, s in (("ffn", 2 / 2), ("self", 6 / 2))]
-    wanted = merged_by_hand(*split)
-    wanted["blocks.self_attention.q.bias"][2] += 3 * bias
-    assert_close_to(load_files(path), wanted, atol=1e-5)
-    # PEFT's own folder says the same beside the file.
-    folder = tmp_path / "peft"
-    folder.mkdir()
-    write(folder / "adapter_model.safetensors", SPELLINGS["peft"](pairs))
-    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "use_dora": False}))
-    assert_close_to(load_files(str(folder)), merged_by_hand((pairs, 2 / 4)))
-
-
-def test_several_at_once(tmp_path):
-    """Other ranks, other layers, other strengths; a sum, whether merged or not."""
-    pairs = factors(1, 4), factors(2, 2, ("self_attn.q", "ffn.2")), factors(3, 1, ("self_attn.q",))
-    del pairs[1]["blocks.0.self_attn.q"]
-    files = [write(tmp_path / f"{i}.safetensors", official(x)) for i, x in enumerate(pairs)]
-    arguments = f"{files[0]}:0.5", files[1], f"{files[2]}:-2"
-    merged = load_files(*arguments)
-    assert_close_to(merged, merged_by_hand((pairs[0], 0.5), (pairs[1], 1), (pairs[2], -2)))
-    beside = load_files(*arguments, merged=False)
-    assert beside.blocks.self_attention.q.lora.rank == 4 + 2 + 1
-    assert beside.blocks.ffn.fc_in.lora.rank == 4
-    ours = step(beside)
-    assert np.abs(ours - step(load("official")[0])).max() > 0.1
-    assert np.abs(step(merged) - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
-
-
-def test_bfloat16_weights_are_rounded_once(tmp_path):
-    pairs = factors(dtype=ml_dtypes.bfloat16)
-    path = write(tmp_path / "a.safetensors", official(pairs))
-    dit = load_files(path, config=dataclasses.replace(CONFIG, param_dtype=jnp.bfloat16))
-    wanted = merged_by_hand((pairs, 1))["blocks.ffn.fc_in.kernel"].astype(np.float32).astype(ml_dtypes.bfloat16)
-    different = values(dit)["blocks.ffn.fc_in.kernel"] != wanted
-    assert np.mean(different) < 1e-3  # where float32 and float64 lie on two sides of a rounding
 
 
 def test_merged_before_weights_are_quantised(tmp_path):
@@ -329,67 +163,6 @@ def test_a_checkpoint_in_8_bits(tmp_path):
     refused(flags(OFFICIAL, checkpoint=tmp_path / "c", lora=path), ["blocks.0.ffn.0.diff", "in full", "8 bits"])
 
 
-def test_of_a_t2v_network(tmp_path):
-    """Its layers are a part of ours; the patch embedding gets nothing for the control branch's channels."""
-    rng = np.random.default_rng(4)
-    pairs = factors(names=NAMES[:8] + NAMES[10:])
-    down, up = rng.standard_normal((4, 16, 1, 2, 2)), rng.standard_normal((CONFIG.dim, 4, 1, 1, 1))
-    key = "diffusion_model.patch_embedding"
-    tensors = official(pairs) | {f"{key}.lora_down.weight": down.astype(np.float32)}
-    path = write(tmp_path / "a.safetensors", tensors | {f"{key}.lora_up.weight": up.astype(np.float32)})
-    wanted = merged_by_hand((pairs, 1))
-    product = np.einsum("rcthw,or->thwco", down, up[..., 0, 0, 0])
-    wanted["patch_embedding.kernel"][..., :16, :] += product
-    assert_close_to(load_files(path), wanted, atol=1e-5)
-    (file,) = lora.parse([path])
-    line = lora.describe(file, CONFIG)
-    assert line == f"{path} at 1: adapters of 31 layers; none for cross_attention.k_image, cross_attention.v_image"
-
-
-def one(**parts):
-    return {f"blocks.0.ffn.0.{name.replace('__', '.')}": x for name, x in parts.items()}
-
-
-A, B = np.zeros((2, 128), np.float32), np.zeros((160, 2), np.float32)
-REFUSED = {
-    "empty": ({}, ["is empty", "flf2v network of 3 layers of width 128"]),
-    "layer": ({"blocks.7.ffn.0.lora_A.weight": A, "blocks.7.ffn.0.lora_B.weight": B}, ["blocks.7.ffn.0.lora_A.weight"]),
-    "key": (one(lora_A__weight=A, lora_B__weight=B, lora_mid__weight=A), ["1 tensor: blocks.0.ffn.0.lora_mid.weight"]),
-    "half": (one(lora_A__weight=A), ["lacks 1 tensor: lora_B of blocks.0.ffn.0"]),
-    "in": (one(lora_A__weight=A[:, 1:].copy(), lora_B__weight=B), ["given [2, 127], expected [2, 128]"]),
-    "out": (one(lora_A__weight=A, lora_B__weight=B[1:].copy()), ["given [159, 2], expected [160, 2]"]),
-    "rank": (one(lora_A__weight=A, lora_B__weight=B[:, 1:].copy()), ["given [160, 1], expected [160, 2]"]),
-    "bias": (one(diff_b=np.zeros(128, np.float32)), ["given [128], expected [160]"]),
-    "norm": ({"blocks.0.norm3.lora_A.weight": A, "blocks.0.norm3.lora_B.weight": B}, ["blocks.0.norm3.lora_A.weight"]),
-    "no bias": ({"blocks.0.self_attn.norm_q.diff_b": A[0]}, ["blocks.0.self_attn.norm_q.diff_b"]),
-    "twice": (one(lora_A__weight=A, lora_down__weight=A, lora_B__weight=B), ["both", "remove one"]),
-    "dora": (one(lora_A__weight=A, lora_B__weight=B, dora_scale=A), ["dora_scale", "plain LoRA"]),
-    "lokr": (one(lokr_w1=A, lokr_w2=B), ["lokr_w1", "plain LoRA"]),
-}
-
-
-@pytest.mark.parametrize(("tensors", "words"), REFUSED.values(), ids=REFUSED)
-def test_bad_files(tensors, words, tmp_path):
-    path = write(tmp_path / "a.safetensors", tensors)
-    refused(flags(OFFICIAL, lora=path, output=tmp_path / "v.npy"), ["a.safetensors", *words])
-
-
-def test_bad_arguments(tmp_path):
-    path = tmp_path / "a.safetensors"
-    refused(flags(OFFICIAL, lora=path), ["a.safetensors", "nor a folder with pytorch_lora_weights.safetensors"])
-    refused(flags(OFFICIAL, lora=tmp_path), ["is not a .safetensors file"])
-    refused(flags(OFFICIAL, lora=f"{path}:much"), ["a.safetensors:much"])
-    path.write_bytes(b"\0" * 20)
-    refused(flags(OFFICIAL, lora=path), ["a.safetensors", "not a safetensors file"])
-    write(path, official(factors()))
-    refused(flags(OFFICIAL, lora=f"{path}:nan"), ["a finite strength", f"{path}:1"])
-    colon = write(tmp_path / "a:2.safetensors", official(factors()))
-    assert lora.parse([colon])[0].strength == 1
-    assert lora.parse([f"{colon}:2e-1"])[0].strength == 0.2
-    write(path, official(factors()), {METADATA: "{"})
-    refused(flags(OFFICIAL, lora=path), ["a.safetensors", "unreadable metadata"])
-
-
 def test_command_line(tmp_path, capsys, monkeypatch):
     """From the flags to the latents, with features and a control branch that are made up."""
 
@@ -399,8 +172,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         image = jax.random.normal(keys[1], (1, CONFIG.image_positions, CONFIG.image_dim))
         control = jax.random.normal(keys[2], (*plan.noise.shape[:-1], 20))
         with jax.set_mesh(plan.mesh):
-            latents = pipeline.denoise(plan, features, image, control)
-        return pipeline.Result(np.asarray(latents), np.zeros((9, 48, 64, 3), np.uint8), {})
+            latents, evaluations = pipeline.denoise(plan, features, image, control)
+        return pipeline.Result(np.asarray(latents), np.zeros((9, 48, 64, 3), np.uint8), {}, evaluations)
 
     monkeypatch.setattr(pipeline, "sample", sample)
     files = [write(tmp_path / f"{i}.safetensors", official(factors(i))) for i in range(2)]
@@ -413,14 +186,6 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert f"{files[1]} at 0.5: adapters of 36 layers\n" in capsys.readouterr().out
     assert np.abs(latents["merged"] - latents["none"]).max() > 0.1
     np.testing.assert_allclose(latents["beside"], latents["merged"], atol=1e-4)
-
-
-def test_exit_code_and_one_line():
-    argv = flags(OFFICIAL, lora="nowhere.safetensors")
-    run = subprocess.run([sys.executable, sample_jax.__file__, *argv], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: LoRA nowhere.safetensors")
-    assert run.stderr.count("\n") == 1
 
 
 # ---- sharded
