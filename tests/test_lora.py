@@ -29,7 +29,7 @@ from test_sample import DIFFUSERS, OFFICIAL, flags, refused
 
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
-from sharding.rules import parameter_sharding
+from sharding.rules import parameter_sharding, shard_parameters
 from wanjax import lora, pipeline
 from wanjax.config import DiTConfig, LoRAConfig
 from wanjax.convert import Checkpoint, save
@@ -57,7 +57,10 @@ def test_nothing_changes_at_first():
     adapted = attached(zero=True)
     np.testing.assert_array_equal(step(adapted), step(dit))
     assert all(layer.lora is None for layer in lora.linear_layers(dit).values())
-    trained = [x for x in jax.tree.leaves(adapted, is_leaf=lambda x: isinstance(x, nnx.Variable)) if lora.is_adapter(x)]
+    trained, frozen = lora.split(adapted)
+    assert_same_model(lora.join(trained, frozen), adapted)
+    assert_same_model(frozen, dit)
+    trained = jax.tree.leaves(trained)
     assert len(trained) == 2 * len(NAMES)
     assert sum(x.size for x in trained) == 4 * CONFIG.num_layers * sum(sum(sizes(name)) for name in NAMES)
 
@@ -211,6 +214,7 @@ def test_on_a_mesh(merged, tmp_path):
             lora.save(tmp_path / "b.safetensors", placed)
             merged_there = values(lora.merge(placed))
             again = lora.attach(CHECKPOINT.load("dit", CONFIG, parameter_sharding), LoRAConfig(rank=2), nnx.Rngs(0))
+            again = shard_parameters(again)
             assert len({str(shard.index) for shard in again.blocks.ffn.fc_in.lora.a[...].addressable_shards}) == 8
             assert np.abs(step(again) - bare).max() <= 1e-4 * max(1, np.abs(bare).max())
     if not merged:

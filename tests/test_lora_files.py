@@ -99,11 +99,17 @@ SPELLINGS = {
         | {f"diffusion_model.{name}.alpha": np.array(8, ml_dtypes.bfloat16) for name in pairs}
     ),
     "diffsynth": lambda pairs: official(pairs, "lora_A.default", "lora_B.default", prefix=""),
+    "unianimate": lambda pairs: official(pairs, "lora_A.default", "lora_B.default", prefix="pipe.dit."),
     "peft": lambda pairs: official(pairs, prefix="base_model.model."),
     "kohya": lambda pairs: {
         f"lora_unet_{name.replace('.', '_')}.{part}": x
         for name, (a, b) in pairs.items()
         for part, x in (("lora_down.weight", a), ("lora_up.weight", b), ("alpha", np.array(8, np.float16)))
+    },
+    "videox-fun": lambda pairs: {
+        f"lora_unet__{name.replace('.', '_')}.{part}.weight": x
+        for name, pair in pairs.items()
+        for part, x in zip(("lora_down", "lora_up"), pair, strict=True)
     },
     "diffusers": lambda pairs: {
         f"transformer.blocks.{i}.{THEIRS[name]}.{part}.weight": x

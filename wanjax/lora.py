@@ -25,10 +25,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from sharding.rules import gather, shard_parameters
+from sharding.rules import gather
 from wanjax.config import DiTConfig, LoRAConfig
 from wanjax.convert import Checkpoint
-from wanjax.convert.load import ChooseSharding, parameter_shapes, replicated
+from wanjax.convert.load import ChooseSharding, is_param, parameter_shapes, replicated
 from wanjax.convert.lora import LoRAFile, Term, write_lora
 from wanjax.convert.tensors import Reader
 from wanjax.errors import InputError
@@ -54,7 +54,8 @@ def attach(dit: DiT, config: LoRAConfig, rngs: nnx.Rngs) -> DiT:
     """The same network with an adapter beside every target, `a` random and `b` zero, float32.
 
     Args:
-      dit: stays as it is, and shares its arrays with the result; may be quantised.
+      dit: stays as it is, and shares its arrays with the result; may be quantised. On a mesh, lay the result out with
+        `sharding.rules.shard_parameters`.
       config: rank, alpha, targets.
       rngs: keys for `a`, uniform in +-1 / sqrt(in) as in PEFT.
 
@@ -70,7 +71,7 @@ def attach(dit: DiT, config: LoRAConfig, rngs: nnx.Rngs) -> DiT:
         a = jax.random.uniform(rngs.params(), (*stacked, fan_in, config.rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*stacked, config.rank, fan_out), jnp.float32)
         alpha = config.rank if config.alpha is None else config.alpha
-        layer.lora = shard_parameters(LowRank(a, b, axes=_axes(layer), alpha=alpha))
+        layer.lora = LowRank(a, b, axes=_axes(layer), alpha=alpha)
     return dit
 
 
@@ -88,6 +89,20 @@ def _chosen(config: LoRAConfig, layers: Iterable[str]) -> list[str]:
             f"{', '.join(sorted(layers))}; correct the targets"
         )
     return [path for path in layers if any(path in paths for paths in found.values())]
+
+
+def split(dit: DiT) -> tuple[DiT, DiT]:
+    """The adapters alone and the network without them: twice the same tree, None where the other has a parameter."""
+    both = ((lambda x: x if is_adapter(x) else None), (lambda x: None if is_adapter(x) else x))
+    adapters, frozen = (jax.tree.map(part, dit, is_leaf=is_param) for part in both)
+    return adapters, frozen
+
+
+def join(adapters: DiT, frozen: DiT) -> DiT:
+    """The network whose `split` these are."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, adapters, frozen, is_leaf=lambda x: x is None or is_param(x)
+    )
 
 
 def merge(dit: DiT) -> DiT:

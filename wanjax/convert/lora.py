@@ -2,8 +2,8 @@
 
 A key is a prefix, a layer and what it holds of the layer:
 
-prefix  `transformer.` (diffusers), `diffusion_model.` (ComfyUI), `base_model.model.` (PEFT) or none; kohya:
-        `lora_unet_`, and the layer's dots are `_`
+prefix  `transformer.` (diffusers), `diffusion_model.` (ComfyUI), `base_model.model.` (PEFT), `pipe.dit.` (DiffSynth)
+        or none; kohya: `lora_unet_`, and the layer's dots are `_` (VideoX-Fun: `lora_unet__`)
 layer   `blocks.0.attn1.to_q` (Diffusers layout) or `blocks.0.self_attn.q` (official); see `wanjax.convert.dit`
 part    `lora_A.weight` or `lora_down.weight` [r, in]; `lora_B.weight` or `lora_up.weight` [out, r]; `lora_B.bias`;
         `alpha` (a scalar); `diff`, `diff_b`, `diff_m`: differences of weight, bias and modulation in full
@@ -39,7 +39,7 @@ from wanjax.models.layers import LowRank
 
 METADATA = "lora_adapter_metadata"  # diffusers' entry in the header of a safetensors file
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers', PEFT's
-PREFIX = re.compile(r"((base_model\.)?model\.)?(diffusion_model\.|transformer\.)?")
+PREFIX = re.compile(r"((base_model\.)?model\.)?(diffusion_model\.|transformer\.|pipe\.dit\.)?")
 PART = re.compile(
     r"(?P<layer>.+?)\.(?:(?P<factor>lora_A|lora_down|lora_B|lora_up)(?:\.(?!weight$|bias$)\w+)?\.(?P<of>weight|bias)"
     r"|(?P<other>alpha|diff|diff_b|diff_m))"
@@ -85,6 +85,7 @@ class Term(NamedTuple):
 
 @dataclasses.dataclass
 class _Faults:
+    channels: int  # of the noise, all that a t2v network's patch embedding has
     unknown: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
     misshapen: list[str] = dataclasses.field(default_factory=list)
@@ -124,7 +125,7 @@ class LoRAFile:
         if not found or not part:
             self._unknown.append(key)
             return
-        parts = self._layers.setdefault(found["layer"], {})
+        parts = self._layers.setdefault(found["layer"].replace("lora_unet__", "lora_unet_"), {})
         if part in parts:
             raise InputError(f"{self.path} has both {parts[part]} and {key}; remove one")
         parts[part] = key
@@ -148,7 +149,7 @@ class LoRAFile:
         Raises:
           InputError: a tensor is unknown, or of another shape, or a pair lacks one of its factors.
         """
-        places, faults, terms = _places(config), _Faults(list(self._unknown)), []
+        places, faults, terms = _places(config), _Faults(config.out_channels, list(self._unknown)), []
         for layer, parts in self._layers.items():
             place = places.get(layer)
             if place is None:
@@ -197,8 +198,8 @@ class LoRAFile:
 
     def _has_shape(self, key: str, shape: Shape, faults: _Faults) -> bool:
         given = self._file.infos[key].shape
-        narrower = len(shape) == 5 and len(given) == 5 and given[1] < shape[1]  # a patch embedding for t2v
-        if given == shape or (narrower and (given[0], *given[2:]) == (shape[0], *shape[2:])):
+        of_t2v = (shape[0], faults.channels, *shape[2:]) if len(shape) == 5 else shape
+        if given in (shape, of_t2v):
             return True
         faults.misshapen.append(f"{key} (given {list(given)}, expected {list(shape)})")
         return False
