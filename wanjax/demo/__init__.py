@@ -11,6 +11,8 @@ from pathlib import Path
 from wanjax.config import SampleConfig
 
 FOLDER = Path(__file__).parent
+SEED = 10_000_000
+"""Of the clip whose end frames and caption are here. Trainings take seeds below 1,000,000."""
 
 
 def get_config() -> SampleConfig:

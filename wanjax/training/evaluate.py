@@ -58,13 +58,13 @@ def sample_latents(
       guidance: scale; 1: none.
       steps: of the solver.
     """
-    b = noise.shape[0]
+    noise = constrain(noise, "batch", None, None, None, None)
     negative = jnp.broadcast_to(empty_text, batch.text.shape).astype(batch.text.dtype)
     contexts = [model.context(text, batch.image) for text in (batch.text, negative)]
 
     def velocity(x: jax.Array, i: jax.Array) -> jax.Array:
         x = x if batch.control is None else jnp.concatenate([x, batch.control], axis=-1)
-        timestep = jnp.broadcast_to(jnp.asarray(schedule.timesteps)[i], (b,))
+        timestep = constrain(jnp.broadcast_to(arrays.timesteps[i], noise.shape[:1]), "batch")
         positive = model(x, timestep, contexts[0])  # [b, f, h, w, c]
         return jax.lax.cond(
             jnp.asarray(guidance) == 1,
