@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: sample test lint aot aot-setup golden parity parity-setup bench clean
 
-sample: .venv/.installed  ## a tiny RANDOM checkpoint on two pictures: out/video.mp4
-	$(BIN)/python sample_jax.py --config configs/tiny_random.py
+sample: .venv/.installed  ## the packaged demo model on its own two frames: out/video.mp4
+	$(BIN)/python sample_jax.py
 
 test: .venv/.installed  ## what needs neither torch nor an accelerator's compiler
 	@echo "Deselected here: live (against diffusers, run 'make parity') and aot (compiles for TPUs, run 'make aot')."
