@@ -1,6 +1,6 @@
 """A tiny RANDOM checkpoint on two pictures of ours: shows that everything runs, not what the model can do.
 
-    make sample        # = python sample_jax.py --config configs/tiny_random.py
+    python sample_jax.py --config configs/tiny_random.py
 
 Seconds on a CPU. The video is coloured noise, because the weights were never trained.
 """
