@@ -50,6 +50,7 @@ HELP = {
     "cache": "run the DiT's blocks at some steps only: off, fixed:K, teacache:T or magcache:T",
     "cfg_cache": "run the unconditional branch at every K-th step of the later part only: off or K",
     "calibration": "file made by python -m wanjax.calibrate, for teacache and magcache",
+    "compile_cache": "folder of compiled programs, or off (default: WANJAX_COMPILE_CACHE, or the user's cache)",
     "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
 }
 CHOICES = {
@@ -97,11 +98,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from sharding import distributed  # here: --help and bad flags need none of these
     from sharding.compiled import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
-    from wanjax import pipeline, quantize
+    from wanjax import pipeline, programs, quantize
 
     # ---- the other hosts, before anything asks for a device
     use_tpu_options(TPU_OPTIONS_8_BIT if quantize.in_8_bits(config) else TPU_OPTIONS)
     distributed.initialize(saves_on_sigterm=False)
+
+    programs.use_persistent_cache(programs.cache_folder(config.compile_cache))
 
     # ---- everything that can be wrong, before hours of work
     plan = pipeline.prepare(config)

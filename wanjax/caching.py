@@ -180,7 +180,7 @@ def _number(text: str) -> float:
 @functools.partial(jax.jit, static_argnames="branches")
 def init(dit: DiT, rules: Rules, sample: jax.Array, control: jax.Array | None, branches: int) -> CacheState:
     """Nothing kept yet. Latents and control branch as in the loop; `branches`: 2 with guidance, else 1."""
-    tokens = dit.embed(_latents(sample, control), jnp.zeros(1))
+    tokens = dit.embed(latents(sample, control), jnp.zeros(1))
     by_change = rules.threshold is not None
     return CacheState(
         evaluations=jnp.zeros(()),
@@ -210,12 +210,9 @@ def denoise_steps(
     def body(i: jax.Array, carry: tuple[solvers.SolverState, CacheState]):
         state, cache = carry
         # Both branches of guidance see the same latents at the same time: their tokens are made once.
-        tokens = dit.embed(_latents(state.sample, control), schedule.timesteps[i][None])
+        tokens = dit.embed(latents(state.sample, control), schedule.timesteps[i][None])
         velocity, cache = predict(dit, rules, i, tokens, context, cache)
-        if len(velocity) == 2:
-            positive, negative = jnp.split(velocity, 2)
-            velocity = negative + guidance * (positive - negative)  # [1, f, h, w, c]
-        return solvers.step(schedule, i, state, velocity), cache
+        return solvers.step(schedule, i, state, guided(velocity, guidance)), cache
 
     return jax.lax.fori_loop(start, stop, body, carry)
 
@@ -236,7 +233,7 @@ def predict(
     branches = context.k.shape[1]
 
     def whole(cache: CacheState) -> tuple[jax.Array, CacheState]:
-        velocity, residual = _evaluate(dit, tokens, context, branches)
+        velocity, residual = evaluate(dit, tokens, context, branches)
         if cache.residual is not None:
             cache = cache._replace(residual=residual)
         if cache.difference is not None:
@@ -244,7 +241,7 @@ def predict(
         return velocity, cache._replace(evaluations=cache.evaluations + 1)
 
     def conditional(cache: CacheState) -> tuple[jax.Array, CacheState]:
-        positive, residual = _evaluate(dit, tokens, jax.tree.map(lambda x: x[:, :1], context), 1)
+        positive, residual = evaluate(dit, tokens, jax.tree.map(lambda x: x[:, :1], context), 1)
         if cache.residual is not None:
             cache = cache._replace(residual=jnp.concatenate([residual, cache.residual[1:]]))
         velocity = jnp.concatenate([positive, positive + cache.difference])
@@ -292,7 +289,7 @@ def relative_change(x: jax.Array, before: jax.Array, length: int) -> jax.Array:
     return jnp.sum(jnp.abs(x - before)) / jnp.maximum(jnp.sum(jnp.abs(before)), 1e-6)
 
 
-def _evaluate(dit: DiT, tokens: Tokens, context: Context, branches: int) -> tuple[jax.Array, jax.Array]:
+def evaluate(dit: DiT, tokens: Tokens, context: Context, branches: int) -> tuple[jax.Array, jax.Array]:
     """Velocity, whole on every device, and residual of the block stack."""
     x = _branches(tokens.x, branches)
     out = dit.run_blocks(x, tokens, context)
@@ -304,5 +301,14 @@ def _branches(x: jax.Array, branches: int) -> jax.Array:
     return constrain(repeat(x, branches, axis=0), "batch", "tokens", None)  # [branches, l, e]
 
 
-def _latents(sample: jax.Array, control: jax.Array | None) -> jax.Array:
+def guided(velocity: jax.Array, guidance: jax.Array | float) -> jax.Array:
+    """Classifier-free guidance: `[branches, f, h, w, c]` -> `[1, f, h, w, c]`."""
+    if len(velocity) == 1:
+        return velocity
+    positive, negative = jnp.split(velocity, 2)
+    return negative + guidance * (positive - negative)  # [1, f, h, w, c]
+
+
+def latents(sample: jax.Array, control: jax.Array | None) -> jax.Array:
+    """What the network sees: `[1, f, h, w, 16]` and, where there is a control branch, its 20 channels."""
     return sample if control is None else jnp.concatenate([sample, control], axis=-1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from wanjax.config import SampleConfig
 from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
 
@@ -61,7 +62,7 @@ class Calibration:
         curve = np.interp(-np.asarray(sigmas, np.float64), -np.asarray(self.sigmas), self.magnitude)  # [n]
         return np.exp(np.diff(curve, prepend=curve[:1]))
 
-    def check(self, path: str, **run: Any) -> None:
+    def check(self, path: str, run: dict[str, Any]) -> None:
         """Raises `InputError` if a run differs in one of `MUST_AGREE`; `path` is for the message."""
         for name in MUST_AGREE:
             if getattr(self, name) != run[name]:
@@ -99,12 +100,30 @@ def read(path: str) -> Calibration:
     except OSError as error:
         raise InputError(f"calibration {path} cannot be read ({error.strerror}); {advice}") from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"calibration {path} is damaged or something else ({type(error).__name__}); {advice}"
-        ) from error
+        raise InputError(f"calibration {path} cannot be used (not its fields); {advice}") from error
     if not whole:
-        raise InputError(f"calibration {path} has tables of wrong length or values; {advice}")
+        raise InputError(f"calibration {path} cannot be used (tables of wrong length or values); {advice}")
     return calibration
+
+
+def read_for(config: SampleConfig, checkpoint: Checkpoint, task: str, shift: float) -> Calibration | None:
+    """The calibration that is asked for, if it is for this run.
+
+    Raises:
+      InputError: it is not, or cannot be read.
+    """
+    if config.calibration is None:
+        return None
+    measured = read(config.calibration)
+    measured.check(config.calibration, calibrated_for(config, checkpoint, task, shift))
+    return measured
+
+
+def calibrated_for(config: SampleConfig, checkpoint: Checkpoint, task: str, shift: float) -> dict[str, Any]:
+    """What a calibration's runs and those that use it must have in common: `MUST_AGREE`."""
+    weights = fingerprint(checkpoint)
+    same = {"solver": config.solver, "conventions": config.conventions}
+    return {"weights": weights, "task": task, "shift": float(shift), **same}
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

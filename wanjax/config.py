@@ -181,6 +181,7 @@ class SampleConfig:
     fast: bool = False  # `wanjax.caching.FAST` where the three above are None
     lora: tuple[str, ...] = ()  # PATH or PATH:strength each; see `wanjax.lora`
     lora_merge: bool | None = None  # into the weights; None: if these are not stored in 8 bits
+    compile_cache: str | None = None  # folder, or off; None: see `wanjax.programs.cache_folder`
     note: str | None = None  # printed before sampling
 
 

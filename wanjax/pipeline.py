@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sharding.distributed import is_main
-from sharding.mesh import make_mesh, parse_mesh, sampling_mesh
 from sharding.rules import parameter_sharding, replicate
-from sharding.ulysses import check_heads
-from wanjax import caching, calibration, conditioning, images, lora, media, solvers, text
+from wanjax import caching, calibration, conditioning, images, lora, solvers, text
+from wanjax.choices import choose_mesh, choose_size, choose_task, make_noise
 from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
 from wanjax.convert import Checkpoint
 from wanjax.convert.lora import LoRAFile
@@ -38,6 +37,7 @@ from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Cache
 from wanjax.ops.attention import check_choice
+from wanjax.programs import Programs, cache_folder
 from wanjax.quantize import requantized
 
 Pixels = np.ndarray
@@ -66,7 +66,9 @@ class Plan:
     schedule: solvers.Schedule
     noise: np.ndarray  # [1, f, h, w, c] float32
     mesh: Mesh
+    shift: float
     caching: caching.Rules | None = None  # None: every step does everything
+    programs: Programs = dataclasses.field(default_factory=Programs)  # calls the jitted functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,101 +137,22 @@ def prepare(config: SampleConfig) -> Plan:
         ids=ids,
         mask=mask,
         schedule=schedule,
+        shift=shift,
         mesh=choose_mesh(config, dit),
-        caching=caching.make_rules(config, schedule, read_calibration(config, checkpoint, task, shift)),
+        caching=caching.make_rules(config, schedule, calibration.read_for(config, checkpoint, task, shift)),
+        programs=Programs(cache_folder(config.compile_cache)),
         noise=make_noise(config, (1, f, *conditioning.latent_size(height, width), dit.out_channels)),
     )
 
 
-def choose_task(dit: DiTConfig, config: SampleConfig) -> conditioning.Task:
-    """The task that the given frames ask for, if the network can do it.
-
-    An flf2v network also takes a first frame alone, as it learned in its first training stage.
-
-    Raises:
-      InputError: it cannot.
+class Conditions(NamedTuple):
+    """What guides the denoising: text features `[b, l, text_dim]`, CLIP features `[1, l, image_dim]` of the given
+    frames, the control branch `[1, f, h, w, 20]`; None for what the network does not take.
     """
-    given = tuple(
-        name for name, path in (("first", config.first_frame), ("last", config.last_frame)) if path is not None
-    )
-    tasks: dict[tuple[str, ...], conditioning.Task] = {(): "t2v", ("first",): "i2v", ("first", "last"): "flf2v"}
-    asked = tasks.get(given)
-    accepted = {"t2v": ("t2v",), "i2v": ("i2v",), "flf2v": ("i2v", "flf2v")}[dit.task]
-    if asked is None or asked not in accepted:
-        flags = {
-            "t2v": "no frames",
-            "i2v": "--first-frame alone",
-            "flf2v": "--first-frame with or without --last-frame",
-        }
-        frames = " and ".join(f"--{name}-frame" for name in given) or "no frame"
-        raise InputError(
-            f"{frames} given to a {dit.task} checkpoint, which takes {flags[dit.task]}; "
-            "change the frames or give another --checkpoint"
-        )
-    return asked
 
-
-def read_calibration(
-    config: SampleConfig, checkpoint: Checkpoint, task: conditioning.Task, shift: float
-) -> calibration.Calibration | None:
-    """The calibration that is asked for, if it is for this run.
-
-    Raises:
-      InputError: it is not, or cannot be read.
-    """
-    if config.calibration is None:
-        return None
-    measured = calibration.read(config.calibration)
-    weights = calibration.fingerprint(checkpoint)
-    run = {"weights": weights, "task": task, "shift": shift, "solver": config.solver, "conventions": config.conventions}
-    measured.check(config.calibration, **run)
-    return measured
-
-
-def choose_size(config: SampleConfig, pictures: list[Any]) -> tuple[int, int]:
-    """Height and width in pixels: as given, or else with the first picture's aspect ratio at the configured area."""
-    if config.height is not None and config.width is not None:
-        height, width = config.height, config.width
-    else:
-        first = pictures[0] if pictures else np.zeros((9, 16, 3), np.uint8)
-        height, width = images.choose_size(first, config.area)
-        if config.height is not None:
-            height, width = config.height, max(16, round(config.height * width / height / 16) * 16)
-        elif config.width is not None:
-            height, width = max(16, round(config.width * height / width / 16) * 16), config.width
-    conditioning.latent_size(height, width)
-    return height, width
-
-
-def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
-    """The mesh that is asked for, of all devices; by default a good one, on CPUs of one device.
-
-    Raises:
-      InputError: the mesh does not fit the devices, the heads, or the CFG cache.
-    """
-    devices = jax.devices()
-    apart = config.guidance != 1  # the branches of guidance on different devices
-    _, _, every = caching.switches(config)
-    if config.mesh is not None:
-        shape = parse_mesh(config.mesh, len(devices))
-    else:
-        devices = devices[:1] if devices[0].platform == "cpu" else devices
-        shape = sampling_mesh(len(devices), dit.num_heads, apart and every == 1)
-    check_heads(dit.num_heads, shape.ulysses)
-    if apart and every > 1 and shape.batch == 2:
-        raise InputError(
-            f"cfg-cache {every} on mesh {shape}, where the unconditional branch's own devices would wait; "
-            "data * fsdp other than 2 is accepted; give those devices to ring or ulysses, or leave --cfg-cache out"
-        )
-    return make_mesh(shape, devices)
-
-
-def make_noise(config: SampleConfig, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal `[1, f, h, w, c]` from the seed, or the given file, which is channels first."""
-    if config.initial_noise is None:
-        return np.asarray(jax.random.normal(jax.random.key(config.seed), shape, jnp.float32))
-    b, f, h, w, c = shape
-    return np.moveaxis(media.load_noise(config.initial_noise, (b, c, f, h, w)), 1, -1)
+    features: jax.Array
+    image: jax.Array | None
+    control: jax.Array | None
 
 
 def sample(plan: Plan) -> Result:
@@ -238,28 +161,43 @@ def sample(plan: Plan) -> Result:
     A network is on the device only while it is needed, so that the largest, not the sum, has to fit.
     """
     seconds: dict[str, float] = {}
-    precision = "highest" if plan.config.dtype == "float32" else None  # or accelerators multiply float32 in bf16
-    with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-        with _stage("text", 1, seconds) as tick:
-            features = encode_text(plan)
-            tick()
-        image = None
-        if plan.clip_pixels is not None:
-            with _stage("images", 1, seconds) as tick:
-                image = encode_images(plan)
-                tick()
-        vae = _load(plan, "vae", plan.vae)
-        with _stage("VAE encode", plan.noise.shape[1], seconds) as tick:
-            control = encode_control(plan, vae, tick)
+    with placed(plan):
+        conditions, vae = encode(plan, seconds)
         with _stage("denoise", plan.config.steps, seconds) as tick:
-            latents, evaluations = denoise(plan, features, image, control, tick)
+            dit, context = load_dit(plan, conditions)
+            latents, evaluations = denoise(plan, dit, context, conditions.control, tick)
         if not jnp.isfinite(latents).all():
             raise InputError(
                 "the latents became NaN or infinite; finite weights and noise are needed; try --dtype float32"
             )
+        del dit, context
         with _stage("VAE decode", plan.noise.shape[1], seconds) as tick:
-            video = decode(vae, latents, tick)
+            video = decode(plan, vae, latents, tick)
     return Result(np.asarray(latents), video, seconds, evaluations)
+
+
+@contextlib.contextmanager
+def placed(plan: Plan) -> Iterator[None]:
+    """On the plan's mesh, with the precision of matrix products that its dtype means."""
+    precision = "highest" if plan.config.dtype == "float32" else None  # or accelerators multiply float32 in bf16
+    with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+        yield
+
+
+def encode(plan: Plan, seconds: dict[str, float]) -> tuple[Conditions, VAE]:
+    """All that comes before the denoising; and the VAE, which is needed again. Times go into `seconds`."""
+    with _stage("text", 1, seconds) as tick:
+        features = encode_text(plan)
+        tick()
+    image = None
+    if plan.clip_pixels is not None:
+        with _stage("images", 1, seconds) as tick:
+            image = encode_images(plan)
+            tick()
+    vae = _load(plan, "vae", plan.vae)
+    with _stage("VAE encode", plan.noise.shape[1], seconds) as tick:
+        control = encode_control(plan, vae, tick)
+    return Conditions(features, image, control), vae
 
 
 @contextlib.contextmanager
@@ -274,7 +212,7 @@ def _stage(name: str, total: int, seconds: dict[str, float]) -> Iterator[Callabl
 def encode_text(plan: Plan) -> jax.Array:
     """Text features `[b, l, text_dim]`: the prompt's and, with guidance, the negative prompt's."""
     encoder = _load(plan, "umt5", plan.umt5)
-    return jax.block_until_ready(_encode_text(encoder, plan.ids, plan.mask))
+    return jax.block_until_ready(plan.programs(_encode_text, encoder, plan.ids, plan.mask))
 
 
 def encode_images(plan: Plan) -> jax.Array:
@@ -283,7 +221,7 @@ def encode_images(plan: Plan) -> jax.Array:
     To an flf2v network a frame that is not given has features of zero, as it learned in training.
     """
     clip = _load(plan, "clip", plan.clip)
-    features = _encode_images(clip, plan.clip_pixels)  # [k, tokens, image_dim]
+    features = plan.programs(_encode_images, clip, plan.clip_pixels)  # [k, tokens, image_dim]
     features = features.reshape(1, -1, features.shape[-1])  # [1, k tokens, image_dim]
     missing = max(plan.dit.image_positions - features.shape[1], 0)
     return jax.block_until_ready(jnp.pad(features, ((0, 0), (0, missing), (0, 0))))  # [1, l, image_dim]
@@ -302,36 +240,35 @@ def encode_control(plan: Plan, vae: VAE, tick: Callable[[], None] = lambda: None
         frames = np.zeros((1, len(chunk), plan.height, plan.width, 3), np.float32)
         for i in np.flatnonzero(chunk):
             frames[0, i] = next(pixels)
-        chunk_latents, cache = _encode_chunk(vae, frames, cache)
+        chunk_latents, cache = plan.programs(_encode_chunk, vae, frames, cache)
         latents.append(chunk_latents)
         tick()
     mask = conditioning.latent_mask(given[None], h, w)
     return conditioning.control_branch(mask, jnp.concatenate(latents, axis=1))
 
 
+def load_dit(plan: Plan, conditions: Conditions) -> tuple[DiT, Context]:
+    """The network without what only the context needs, a quarter of the weights; and the context."""
+    dit = lora.load(plan.checkpoint, plan.dit, plan.loras, plan.lora_merged, parameter_sharding)
+    image = conditions.image
+    if image is not None:
+        image = jnp.repeat(image, len(conditions.features), axis=0)  # both branches of guidance see the frames
+    return dit.without_context(), plan.programs(_context, dit, conditions.features, image)
+
+
 def denoise(
-    plan: Plan,
-    features: jax.Array,
-    image: jax.Array | None,
-    control: jax.Array | None,
-    tick: Callable[[], None] = lambda: None,
+    plan: Plan, dit: DiT, context: Context, control: jax.Array | None, tick: Callable[[], None] = lambda: None
 ) -> tuple[jax.Array, float]:
     """Latents `[1, f, h, w, c]`, float32, from the plan's noise; and evaluations of the DiT."""
-    dit = lora.load(plan.checkpoint, plan.dit, plan.loras, plan.lora_merged, parameter_sharding)
-    if image is not None:
-        image = jnp.repeat(image, len(features), axis=0)  # both branches of guidance see the frames
-    context = _context(dit, features, image)
-    dit = dit.without_context()  # frees a quarter of the weights
-    state = solvers.init(jnp.asarray(plan.noise))
-    rules, cache = plan.caching, None
+    state, rules, cache = solvers.init(jnp.asarray(plan.noise)), plan.caching, None
     if rules is not None:
-        cache = caching.init(dit, rules, state.sample, control, len(features))
+        cache = caching.init(dit, rules, state.sample, control, context.k.shape[1])
     for i in range(plan.config.steps):
         inputs = (control, context, plan.config.guidance, i, i + 1)
-        if rules is None or cache is None:
-            state = denoise_steps(dit, plan.schedule, state, *inputs)
+        if cache is None:
+            state = plan.programs(denoise_steps, dit, plan.schedule, state, *inputs)
         else:
-            state, cache = caching.denoise_steps(dit, plan.schedule, rules, (state, cache), *inputs)
+            state, cache = plan.programs(caching.denoise_steps, dit, plan.schedule, rules, (state, cache), *inputs)
         jax.block_until_ready(state)  # so that the progress bar tells the truth
         tick()
     return state.sample, float(cache.evaluations) if cache is not None else float(plan.config.steps)
@@ -375,11 +312,11 @@ def denoise_steps(
     return jax.lax.fori_loop(start, stop, body, state)
 
 
-def decode(vae: VAE, latents: jax.Array, tick: Callable[[], None] = lambda: None) -> np.ndarray:
+def decode(plan: Plan, vae: VAE, latents: jax.Array, tick: Callable[[], None] = lambda: None) -> np.ndarray:
     """Latents `[1, f, h, w, c]` to uint8 frames `[F, H, W, 3]` on the host."""
     chunks, cache = [], None
     for i in range(latents.shape[1]):
-        frames, cache = _decode_chunk(vae, latents[:, i : i + 1], cache)
+        frames, cache = plan.programs(_decode_chunk, vae, latents[:, i : i + 1], cache)
         chunks.append(np.asarray(frames))
         tick()
     return np.concatenate(chunks)

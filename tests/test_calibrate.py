@@ -1,0 +1,144 @@
+"""The calibration command: what it measures, what its file is valid for, and the caches that use it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import sample_jax
+from tests.test_sample import DIFFUSERS, flags, refused
+from wanjax import calibrate, calibration, pipeline
+from wanjax.caching import magnitude_schedule
+from wanjax.convert import Checkpoint
+from wanjax.errors import InputError
+
+STEPS = 6
+RUN = {"steps": STEPS, "guidance": 2}
+
+
+def command(**changes):
+    """Flags of the golden case, as the command takes them."""
+    return flags(DIFFUSERS, **RUN, **changes)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibration")
+    (folder / "prompts").write_text('a red kite\n\n{"prompt": "a boat", "seed": 3}\n')
+    calibrate.main(command(prompts=folder / "prompts", prompt=None, output=folder / "c.json"))
+    return folder / "c.json"
+
+
+def test_measures_what_the_caches_need(measured):
+    c = calibration.read(str(measured))
+    assert (c.steps, c.prompts, c.task, c.shift, c.solver, c.conventions) == (
+        STEPS,
+        2,
+        "flf2v",
+        5,
+        "unipc",
+        "diffusers",
+    )
+    assert len(c.sigmas) == len(c.magnitude) == STEPS
+    assert len(c.input_change) == len(c.residual_change) == STEPS - 1
+    assert min(c.input_change + c.residual_change) > 0
+    assert c.magnitude[0] == 0
+    ratios = c.ratios(np.array(c.sigmas))
+    np.testing.assert_allclose(np.log(ratios), np.diff(c.magnitude, prepend=0), atol=1e-12)
+    foretold = np.polyval(c.polynomial, c.input_change)
+    assert np.abs(foretold - c.residual_change).max() < np.ptp(c.residual_change) + 1e-6
+    # The suggested thresholds do run the blocks in half of the steps, and lower ones in more.
+    halves = {
+        "teacache": lambda t: calibrate.change_schedule(np.maximum(foretold, 0), t),
+        "magcache": lambda t: magnitude_schedule(ratios, t),
+    }
+    for kind, threshold in c.thresholds.items():
+        assert halves[kind](threshold).sum() <= STEPS / 2 < halves[kind](threshold * 0.97).sum()
+
+
+def test_a_run_takes_the_file(measured, tmp_path, capsys):
+    cache = f"teacache:{calibration.read(str(measured)).thresholds['teacache']}"
+    run = RUN | {"output": tmp_path / "v.npy", "calibration": measured}
+    sample_jax.main(flags(DIFFUSERS, **run, cache=cache))
+    evaluations = float(capsys.readouterr().out.split("DiT evaluations: ")[1].split()[0])
+    assert 2 <= evaluations < STEPS
+    plan = pipeline.prepare(sample_jax.parse(flags(DIFFUSERS, **{**run, "steps": 9, "cache": "magcache:0.1"})))
+    assert plan.caching.fresh.shape == (9,)
+
+
+def test_resampled_to_other_steps(measured):
+    """Over the same range of sigmas the residual grows by the same, in however many steps."""
+    c = calibration.read(str(measured))
+    sigmas = np.interp(np.linspace(0, 1, 20), np.linspace(0, 1, STEPS), c.sigmas)
+    np.testing.assert_allclose(np.prod(c.ratios(sigmas)), np.exp(c.magnitude[-1]), rtol=1e-9)
+
+
+def test_refused_for_another_run(measured, tmp_path):
+    run = {"cache": "magcache:0.1", "calibration": measured, "output": tmp_path / "v.npy"}
+    for changes, words in (
+        ({"shift": 3}, ["shift 5.0", "shift", "3.0", "wanjax.calibrate"]),
+        ({"solver": "euler"}, ["solver unipc", "euler"]),
+        ({"conventions": "official"}, ["conventions diffusers", "official"]),
+        ({"last_frame": None}, ["task flf2v", "i2v"]),
+    ):
+        refused(flags(DIFFUSERS, **{**RUN, **run, **changes}), words)
+    other = tmp_path / "other"
+    shutil.copytree(DIFFUSERS, other, ignore=shutil.ignore_patterns("expected.npz"))
+    file = other / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({name: x * np.float32(1.01) for name, x in tensors.items()}, file)
+    assert calibration.fingerprint(Checkpoint(other)) != calibration.fingerprint(Checkpoint(DIFFUSERS))
+    refused(flags(DIFFUSERS, **RUN, **run, checkpoint=other), ["weights", "measure anew"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda v: v | {"magnitude": v["magnitude"][1:]}, ["cannot be used", "wanjax.calibrate"]),
+        (lambda v: v | {"sigmas": v["sigmas"][::-1]}, ["cannot be used"]),
+        (lambda v: v | {"polynomial": []}, ["cannot be used"]),
+        (lambda v: v | {"input_change": [float("nan")] * (STEPS - 1)}, ["cannot be used"]),
+        (lambda v: v | {"format": "2"}, ["cannot be used"]),
+        (lambda v: {"format": v["format"]}, ["cannot be used"]),
+        (lambda v: [1], ["cannot be used"]),
+    ],
+)
+def test_damaged_files(measured, tmp_path, change, words):
+    (tmp_path / "bad.json").write_text(json.dumps(change(json.loads(measured.read_text()))))
+    with pytest.raises(InputError) as caught:
+        calibration.read(str(tmp_path / "bad.json"))
+    assert all(word in str(caught.value) for word in ["bad.json", *words])
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(InputError, match=r"bad\.json"):
+        calibration.read(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 2}, ["2 steps", "3 or more"]),
+        ({"prompts": "nowhere.txt"}, ["nowhere.txt", "a prompt a line"]),
+        ({"output": "c.txt"}, ["c.txt", ".json"]),
+        ({"checkpoint": "nowhere"}, ["nowhere"]),
+        ({"cache": "fixed:2"}, ["--cache", "--help"]),
+    ],
+)
+def test_bad_flags(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        calibrate.main(flags(DIFFUSERS, **{**RUN, **changes}))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("\n", ["empty"]), ('{"prompt"', ["line 1", "not JSON"]), ('a\n{"steps": 3}', ["line 2", "steps"])],
+)
+def test_bad_prompts(tmp_path, text, words):
+    (tmp_path / "prompts").write_text(text)
+    with pytest.raises(InputError) as caught:
+        calibrate.read_prompts(str(tmp_path / "prompts"), sample_jax.parse([]))
+    assert all(word in str(caught.value) for word in words)

@@ -1,0 +1,241 @@
+"""Measures, on a few prompts, how a checkpoint's network changes from step to step; the caches' rules are made of it.
+
+    python -m wanjax.calibrate --config configs/flf2v_14b_720p.py --checkpoint Wan2.1-FLF2V-14B-720P-diffusers \\
+        --prompts prompts.jsonl --output flf2v.json
+    python sample_jax.py ... --cache magcache:0.1 --calibration flf2v.json
+
+A line of --prompts is a prompt, or a JSON object of settings such as {"prompt": "..", "first_frame": "a.png",
+"last_frame": "b.png"}; without the file, the settings' own prompt is measured. Each is one plain run without a decoder.
+Prints a table, and for each cache the threshold that would have run the blocks in about half of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from wanjax import caching, media, pipeline, solvers
+from wanjax.calibration import Calibration, calibrated_for
+from wanjax.config import SampleConfig, load_config
+from wanjax.errors import InputError
+from wanjax.models.dit import Context, DiT
+from wanjax.programs import cache_folder, use_persistent_cache
+
+DEGREE = 4  # of teacache's polynomial, as published
+
+FLAGS: dict[str, type] = {
+    **dict.fromkeys(("checkpoint", "first_frame", "last_frame", "prompt", "negative_prompt", "solver"), str),
+    **dict.fromkeys(("dtype", "conventions", "quantize", "attention", "mesh", "compile_cache"), str),
+    **dict.fromkeys(("height", "width", "frames", "steps", "seed"), int),
+    **dict.fromkeys(("guidance", "shift"), float),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for bad flags too."""
+
+    def error(self, message: str):
+        """Raise instead of printing the usage."""
+        raise InputError(f"{message}; see --help")
+
+
+class Kept(NamedTuple):
+    """Of the step before: the first block's modulated input `[1, l, e]` and the residual `[branches, l, e]`."""
+
+    first_input: jax.Array
+    residual: jax.Array
+
+
+class Change(NamedTuple):
+    """From a step to the next, scalars: relative L1 changes of both, and the logarithm of the residual's growth."""
+
+    first_input: jax.Array
+    residual: jax.Array
+    growth: jax.Array
+
+
+@functools.partial(jax.jit, donate_argnames=("state", "kept"))
+def measured_step(
+    dit: DiT,
+    schedule: solvers.Schedule,
+    state: solvers.SolverState,
+    kept: Kept | None,
+    control: jax.Array | None,
+    context: Context,
+    guidance: jax.Array | float,
+    i: jax.Array | int,
+) -> tuple[solvers.SolverState, Kept, Change | None]:
+    """A plain step; arguments as of `pipeline.denoise_steps`, `kept` from the step before."""
+    timestep = jnp.asarray(schedule.timesteps)[i][None]
+    tokens = dit.embed(caching.latents(state.sample, control), timestep)
+    velocity, residual = caching.evaluate(dit, tokens, context, context.k.shape[1])
+    now = Kept(dit.first_input(tokens), residual)
+    change = None
+    if kept is not None:
+        length = tokens.rotation.length
+        sizes, before = (jnp.linalg.norm(x.astype(jnp.float32), axis=-1)[:, :length] for x in (residual, kept.residual))
+        change = Change(
+            caching.relative_change(now.first_input, kept.first_input, length),
+            caching.relative_change(residual, kept.residual, length),
+            jnp.log(jnp.mean(sizes / jnp.maximum(before, 1e-6))),
+        )
+    return solvers.step(schedule, i, state, caching.guided(velocity, guidance)), now, change
+
+
+def measure(plan: pipeline.Plan) -> np.ndarray:
+    """One plain run without decoding: `[steps - 1, 3]`, the numbers of `Change` from each step to the next."""
+    with pipeline.placed(plan):
+        conditions, _ = pipeline.encode(plan, {})
+        dit, context = pipeline.load_dit(plan, conditions)
+        state, kept, changes = solvers.init(jnp.asarray(plan.noise)), None, []
+        inputs = (conditions.control, context, plan.config.guidance)
+        for i in tqdm(range(plan.config.steps), desc="measure   ", dynamic_ncols=True):
+            state, kept, change = plan.programs(measured_step, dit, plan.schedule, state, kept, *inputs, i)
+            changes.append(jax.block_until_ready(change))  # so that the progress bar tells the truth
+    return np.asarray([[float(x) for x in change] for change in changes[1:]])
+
+
+def calibrate(configs: list[SampleConfig]) -> Calibration:
+    """Measurements of plain runs that differ in prompts and pictures.
+
+    Raises:
+      InputError: a configuration cannot be used, has fewer than three steps, or the network's output is not finite.
+    """
+    plans = [pipeline.prepare(config) for config in configs]
+    plan, config = plans[0], configs[0]
+    if config.steps < 3:
+        raise InputError(f"{config.steps} steps to measure; 3 or more are needed; use those that you sample with")
+    changes = np.mean([measure(plan) for plan in plans], axis=0)  # [steps - 1, 3]
+    if not np.isfinite(changes).all():
+        raise InputError("the network's output became NaN or infinite; finite weights are needed; try --dtype float32")
+    inputs, residuals, growth = changes.T
+    calibration = Calibration(
+        **calibrated_for(config, plan.checkpoint, plan.task, plan.shift),
+        steps=config.steps,
+        guidance=config.guidance,
+        frames=config.frames,
+        height=plan.height,
+        width=plan.width,
+        prompts=len(plans),
+        sigmas=_floats(plan.schedule.sigmas[:-1]),
+        magnitude=_floats(np.cumsum([0, *growth])),
+        input_change=_floats(inputs),
+        residual_change=_floats(residuals),
+        polynomial=_floats(fit(inputs, residuals)),
+        thresholds={},
+    )
+    return dataclasses.replace(calibration, thresholds=halving(calibration))
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Coefficients, highest first, of a polynomial of `DEGREE` that is near the points; of less where they are few."""
+    degree = min(DEGREE, max(1, len(x) // 4))
+    return np.polynomial.Polynomial.fit(x, y, degree).convert().coef[::-1]
+
+
+def halving(calibration: Calibration) -> dict[str, float]:
+    """For teacache and magcache: the least thresholds, to 1%, that run the blocks in no more than half of the steps."""
+    foretold = np.maximum(np.polyval(calibration.polynomial, calibration.input_change), 0)
+    ratios = calibration.ratios(np.asarray(calibration.sigmas))
+    runs: dict[str, Callable[[float], int]] = {
+        "teacache": lambda t: int(change_schedule(foretold, t).sum()),
+        "magcache": lambda t: int(caching.magnitude_schedule(ratios, t).sum()),
+    }
+    tried = np.geomspace(1e-4, 1e2, 1400)
+    found = {kind: next((t for t in tried if run(t) <= calibration.steps / 2), None) for kind, run in runs.items()}
+    return {kind: round(float(t), 5) for kind, t in found.items() if t is not None}
+
+
+def change_schedule(changes: np.ndarray, threshold: float) -> np.ndarray:
+    """teacache: at which steps the blocks are run, bool `[n]`, for changes `[n - 1]` foretold from step to step."""
+    fresh, total = np.isin(np.arange(len(changes) + 1), (0, len(changes))), 0.0
+    for i, change in enumerate(changes, start=1):
+        total += change
+        fresh[i] |= total >= threshold
+        total = 0.0 if fresh[i] else total
+    return fresh
+
+
+def read_prompts(path: str, config: SampleConfig) -> list[SampleConfig]:
+    """The configuration with each line's prompt or settings.
+
+    Raises:
+      InputError: the file cannot be read, is empty, or a line is not understood.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {path} cannot be read ({error}); a text file is needed, a prompt a line") from error
+    if not lines:
+        raise InputError(f"prompts {path} is empty; a prompt a line is needed; give some")
+    accepted = ("prompt", "negative_prompt", "first_frame", "last_frame", "seed")
+    configs = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            settings: Any = json.loads(line) if line.startswith("{") else {"prompt": line}
+        except ValueError as error:
+            raise InputError(f"prompts {path} line {number} is not JSON ({error}); correct it") from error
+        if unknown := settings.keys() - set(accepted):
+            raise InputError(f"prompts {path} line {number} sets {', '.join(unknown)}; accepted: {', '.join(accepted)}")
+        configs.append(dataclasses.replace(config, **settings))
+    return configs
+
+
+def _floats(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(x) for x in values)
+
+
+def report(calibration: Calibration) -> str:
+    """A table of the measurements, and what to do with them."""
+    rows = zip(calibration.sigmas[1:], calibration.input_change, calibration.residual_change, strict=True)
+    ratios = calibration.ratios(np.asarray(calibration.sigmas))[1:]
+    lines = [f"{'step':>4} {'sigma':>7} {'input change':>12} {'residual change':>15} {'growth':>7}"]
+    for i, ((sigma, inputs, residual), ratio) in enumerate(zip(rows, ratios, strict=True), start=1):
+        lines.append(f"{i:4} {sigma:7.4f} {inputs:12.4f} {residual:15.4f} {ratio:7.4f}")
+    lines += [f"half of the steps: --cache {kind}:{threshold:g}" for kind, threshold in calibration.thresholds.items()]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = Parser(
+        "python -m wanjax.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", metavar="FILE", help="configs/*.py with get_config() -> SampleConfig")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt, or a JSON object of settings, a line")
+    parser.add_argument("--output", metavar="FILE", default="calibration.json", help="default: calibration.json")
+    for name, kind in FLAGS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as of sample_jax.py")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    file, prompts, output = (given.pop(name, None) for name in ("config", "prompts", "output"))
+    config = load_config(file, SampleConfig) if file else SampleConfig()
+    # Plain runs are measured, whatever the configuration samples with.
+    plain = {"cache": None, "cfg_cache": None, "calibration": None, "fast": False}
+    config = dataclasses.replace(config, **given, **plain)
+    media.check_output(output, accepted=(".json",))
+    use_persistent_cache(cache_folder(config.compile_cache))
+    calibration = calibrate(read_prompts(prompts, config) if prompts else [config])
+    calibration.write(output)
+    print(report(calibration))
+    print(output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
