@@ -119,6 +119,13 @@ def test_on_a_mesh(format, layers):
     assert error(several, one) < 0.01
 
 
+@pytest.mark.parametrize("format", DTYPES)
+def test_the_gradient_is_refused(format):
+    stored, scale = quantize_weight(np.eye(4, dtype=np.float32), format)
+    with pytest.raises(InputError, match="8-bit numbers has no gradient"):
+        jax.grad(lambda x: matmul(x, stored, scale).sum())(jnp.ones((2, 4)))
+
+
 def test_what_is_refused(tmp_path):
     model = quantize(load("official")[0], "int8")
     with pytest.raises(InputError, match="quantised to int8 already"):

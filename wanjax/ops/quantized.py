@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import qwix
 from jax.typing import DTypeLike
 
+from wanjax.errors import InputError
+
 Format = Literal["fp8", "int8"]
 DTYPES = {"fp8": jnp.float8_e4m3fn, "int8": jnp.int8}
 # Tried as the largest int8 weight, as parts of the largest there is: uniform steps are finer if the few outermost
@@ -52,6 +54,7 @@ def quantize_weight(kernel: jax.Array, format: Format) -> tuple[jax.Array, jax.A
     return round_to(kernel / best, dtype), best
 
 
+@jax.custom_vjp
 def matmul(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     """`x @ (kernel * scale)`, with `x` rounded to the dtype of `kernel` by a scale for each of its rows.
 
@@ -61,8 +64,26 @@ def matmul(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
 
     Returns:
       `[.., out]`, float32.
+
+    Raises:
+      InputError: its gradient is asked for, which would be zero: rounding has none.
     """
+    return _matmul(x, kernel, scale)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     last, x = x.ndim - 1, x.astype(jnp.float32)
     row_scale = scale_of(jnp.max(jnp.abs(x), axis=-1, keepdims=True), kernel.dtype)  # [.., 1]
     rows = qwix.QArray(round_to(x / row_scale, kernel.dtype), row_scale)
     return qwix.dot_general(rows, qwix.QArray(kernel, scale.reshape(1, 1)), (((last,), (0,)), ((), ())))  # [.., out]
+
+
+def _forward(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, None]:
+    return _matmul(x, kernel, scale), None
+
+
+def _backward(saved: None, dout: jax.Array):
+    raise InputError("a product of 8-bit numbers has no gradient; matrices in full are needed; train without quantize")
+
+
+matmul.defvjp(_forward, _backward)
