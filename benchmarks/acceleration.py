@@ -60,7 +60,9 @@ def requests(
     flags: argparse.Namespace, first_seed: int, clips: int, folder: Path
 ) -> Iterator[tuple[Any, SampleConfig]]:
     """Clips and what is asked of the sampler for each; their end frames as files in a folder."""
-    for i, clip in enumerate(Shapes(first_seed, clips, flags.frames, flags.size, flags.kind)):
+    shapes = Shapes(first_seed, clips, flags.frames, flags.size, flags.kind)
+    for i in range(clips):
+        clip = shapes[i]
         for name, frame in (("first", clip.video[0]), ("last", clip.video[-1])):
             Image.fromarray(frame).save(folder / f"{first_seed + i}-{name}.png")
         yield (

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_sample import DIFFUSERS, OFFICIAL, flags, refused
 
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import shard_parameters
-from tests.test_sample import DIFFUSERS, OFFICIAL, flags, refused
 from wanjax import caching, pipeline, solvers
 from wanjax.caching import RETAINED, SKIPS, magnitude_schedule, make_rules
 from wanjax.calibration import Calibration

@@ -3,14 +3,20 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from test_caching import NETWORK
+from test_sample import DIFFUSERS, flags, refused
 
 import sample_jax
-from tests.test_sample import DIFFUSERS, flags, refused
+from sharding import stages
+from sharding.mesh import MeshShape, make_mesh
 from wanjax import calibrate, calibration, pipeline
 from wanjax.caching import magnitude_schedule
+from wanjax.config import SampleConfig
 from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
 
@@ -142,3 +148,19 @@ def test_bad_prompts(tmp_path, text, words):
     with pytest.raises(InputError) as caught:
         calibrate.read_prompts(str(tmp_path / "prompts"), sample_jax.parse([]))
     assert all(word in str(caught.value) for word in words)
+
+
+def test_fits_on_a_mesh():
+    """Traced with branches apart and tokens split, of which the last are padding."""
+    config = SampleConfig(height=48, width=64, frames=9)
+    mesh = make_mesh(MeshShape(data=2, ring=2, ulysses=2))
+    with jax.set_mesh(mesh):
+        shapes = stages.Shapes(mesh)
+        dit, schedule, state, control, context, guidance, i, _ = stages.denoise_step(config, NETWORK, shapes).arguments
+        kept = None
+        for _ in range(2):
+            arguments = (dit, schedule, state, kept, control, context, guidance, i)
+            after, kept, change = jax.eval_shape(calibrate.measured_step, *arguments)
+        assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+        assert kept.residual.shape == (2, 36, NETWORK.dim)
+        assert [x.shape for x in change] == [(), (), ()]

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from test_sample import DIFFUSERS, flags
 
 from sharding.mesh import MeshShape, make_mesh
-from tests.test_sample import DIFFUSERS, flags
 from wanjax import programs
 from wanjax.programs import Programs
 
@@ -165,6 +166,30 @@ def test_damaged_files_are_written_anew(tmp_path, damage):
     np.testing.assert_array_equal(called(tmp_path)["sum"], X + 2)
     assert file.read_bytes() != broken
     assert [f.name for f in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_program_that_does_not_run_is_compiled_anew(tmp_path, monkeypatch):
+    def unfit(*_):
+        raise jax.errors.JaxRuntimeError("NOT_FOUND")
+
+    monkeypatch.setattr(Programs, "_load", lambda *_: unfit)
+    np.testing.assert_array_equal(called(tmp_path)["sum"], X + 2)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_jax_kept_is_not_kept_twice(tmp_path):
+    """A program that JAX's own cache holds already is compiled once more for ours: the other's would not run."""
+    programs.use_persistent_cache(tmp_path / "a")
+    try:
+        for _ in range(2):
+            jax.clear_caches()
+            double(X, 1.0)  # from the second time on out of JAX's cache
+        np.testing.assert_array_equal(called(tmp_path / "b")["sum"], X + 2)
+        np.testing.assert_array_equal(called(tmp_path / "b")["sum"], X + 2)
+        assert jax.config.values["jax_enable_compilation_cache"]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 def test_a_folder_that_cannot_be_written_is_no_harm(tmp_path):

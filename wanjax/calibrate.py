@@ -25,12 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sharding.compiled import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
 from wanjax import caching, media, pipeline, solvers
 from wanjax.calibration import Calibration, calibrated_for
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT
 from wanjax.programs import cache_folder, use_persistent_cache
+from wanjax.quantize import in_8_bits
 
 DEGREE = 4  # of teacache's polynomial, as published
 
@@ -84,13 +86,19 @@ def measured_step(
     change = None
     if kept is not None:
         length = tokens.rotation.length
-        sizes, before = (jnp.linalg.norm(x.astype(jnp.float32), axis=-1)[:, :length] for x in (residual, kept.residual))
         change = Change(
             caching.relative_change(now.first_input, kept.first_input, length),
             caching.relative_change(residual, kept.residual, length),
-            jnp.log(jnp.mean(sizes / jnp.maximum(before, 1e-6))),
+            growth(residual, kept.residual, length),
         )
     return solvers.step(schedule, i, state, caching.guided(velocity, guidance)), now, change
+
+
+def growth(x: jax.Array, before: jax.Array, length: int) -> jax.Array:
+    """Logarithm of the mean, over branches and tokens before `length`, of |x| over |before|, `[b, l, e]` both."""
+    sizes, sizes_before = (jnp.linalg.norm(y.astype(jnp.float32), axis=-1) for y in (x, before))  # [b, l]
+    ratios = jnp.where(jnp.arange(x.shape[1]) < length, sizes / jnp.maximum(sizes_before, 1e-6), 0)
+    return jnp.log(jnp.sum(ratios) / (len(x) * length))
 
 
 def measure(plan: pipeline.Plan) -> np.ndarray:
@@ -119,7 +127,7 @@ def calibrate(configs: list[SampleConfig]) -> Calibration:
     changes = np.mean([measure(plan) for plan in plans], axis=0)  # [steps - 1, 3]
     if not np.isfinite(changes).all():
         raise InputError("the network's output became NaN or infinite; finite weights are needed; try --dtype float32")
-    inputs, residuals, growth = changes.T
+    inputs, residuals, growths = changes.T
     calibration = Calibration(
         **calibrated_for(config, plan.checkpoint, plan.task, plan.shift),
         steps=config.steps,
@@ -129,7 +137,7 @@ def calibrate(configs: list[SampleConfig]) -> Calibration:
         width=plan.width,
         prompts=len(plans),
         sigmas=_floats(plan.schedule.sigmas[:-1]),
-        magnitude=_floats(np.cumsum([0, *growth])),
+        magnitude=_floats(np.cumsum([0, *growths])),
         input_change=_floats(inputs),
         residual_change=_floats(residuals),
         polynomial=_floats(fit(inputs, residuals)),
@@ -224,6 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     plain = {"cache": None, "cfg_cache": None, "calibration": None, "fast": False}
     config = dataclasses.replace(config, **given, **plain)
     media.check_output(output, accepted=(".json",))
+    use_tpu_options(TPU_OPTIONS_8_BIT if in_8_bits(config) else TPU_OPTIONS)
     use_persistent_cache(cache_folder(config.compile_cache))
     calibration = calibrate(read_prompts(prompts, config) if prompts else [config])
     calibration.write(output)

@@ -14,6 +14,7 @@ pickles, so the folder must be one that others cannot write to. To empty it, del
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -21,11 +22,13 @@ import json
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 ENVIRONMENT = "WANJAX_COMPILE_CACHE"
 LIBRARIES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "numpy")
@@ -56,6 +59,7 @@ def use_persistent_cache(folder: Path | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # if something was compiled before, JAX would not look again
 
 
 class Programs:
@@ -74,8 +78,17 @@ class Programs:
         if self.folder is None:
             return function(*args)
         name = key(function, args)
-        if name not in self._programs:
-            self._programs[name] = self._load(name, args) or self._compile(name, function, args)
+        if name in self._programs:
+            return self._programs[name](*args)
+        if (program := self._load(name, args)) is not None:
+            try:
+                result = program(*args)
+            except jax.errors.JaxRuntimeError:  # whole, but not for this machine
+                pass
+            else:
+                self._programs[name] = program
+                return result
+        self._programs[name] = self._compile(name, function, args)
         return self._programs[name](*args)
 
     def _load(self, name: str, args: tuple) -> Any:
@@ -94,7 +107,8 @@ class Programs:
 
     def _compile(self, name: str, function: Any, args: tuple) -> Any:
         assert self.folder is not None
-        program = function.lower(*args).compile()
+        with _without_persistent_cache():
+            program = function.lower(*args).compile()
         try:
             serialized, _, out_tree = serialize_executable.serialize(program)
             payload = pickle.dumps((serialized, jax.tree.unflatten(out_tree, range(out_tree.num_leaves))))
@@ -135,7 +149,7 @@ def surroundings() -> dict[str, Any]:
     return {
         "code": code_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "platform": devices[0].client.platform_version,
+        "platform": (devices[0].client.platform_version, _processor(devices[0])),
         "flags": {name: os.environ.get(name) for name in VARIABLES},
         "options": {name: str(getattr(jax.config, name)) for name in OPTIONS},
         "mesh": str(jax.sharding.get_mesh()),
@@ -152,6 +166,28 @@ def code_version() -> str:
     for file in sorted(file for package in ("wanjax", "sharding") for file in (root / package).rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _without_persistent_cache() -> Iterator[None]:
+    """JAX compiles, whatever its cache holds: an executable out of there, serialised again, loads but does not run."""
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # or JAX does not look at the setting again
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+def _processor(device: Any) -> str | None:
+    """For programs of a CPU, which may be compiled for its very model: what it is and can do."""
+    file = Path("/proc/cpuinfo")
+    if device.platform != "cpu" or not file.is_file():
+        return None
+    lines = {line for line in file.read_text().splitlines() if line.startswith(("model name", "flags", "Features"))}
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _devices() -> list[Any]:
