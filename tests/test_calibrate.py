@@ -146,7 +146,7 @@ def test_bad_flags(tmp_path, monkeypatch, changes, words):
 def test_bad_prompts(tmp_path, text, words):
     (tmp_path / "prompts").write_text(text)
     with pytest.raises(InputError) as caught:
-        calibrate.read_prompts(str(tmp_path / "prompts"), sample_jax.parse([]))
+        calibrate.read_prompts(str(tmp_path / "prompts"), SampleConfig())
     assert all(word in str(caught.value) for word in words)
 
 

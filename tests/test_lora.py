@@ -175,7 +175,8 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         image = jax.random.normal(keys[1], (1, CONFIG.image_positions, CONFIG.image_dim))
         control = jax.random.normal(keys[2], (*plan.noise.shape[:-1], 20))
         with jax.set_mesh(plan.mesh):
-            latents, evaluations = pipeline.denoise(plan, features, image, control)
+            dit, context = pipeline.load_dit(plan, pipeline.Conditions(features, image, control))
+            latents, evaluations = pipeline.denoise(plan, dit, context, control)
         return pipeline.Result(np.asarray(latents), np.zeros((9, 48, 64, 3), np.uint8), {}, evaluations)
 
     monkeypatch.setattr(pipeline, "sample", sample)

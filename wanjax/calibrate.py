@@ -129,7 +129,7 @@ def calibrate(configs: list[SampleConfig]) -> Calibration:
         raise InputError("the network's output became NaN or infinite; finite weights are needed; try --dtype float32")
     inputs, residuals, growths = changes.T
     calibration = Calibration(
-        **calibrated_for(config, plan.checkpoint, plan.task, plan.shift),
+        **calibrated_for(config, plan.checkpoint, plan.loras, plan.task, plan.shift),
         steps=config.steps,
         guidance=config.guidance,
         frames=config.frames,
@@ -225,7 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", metavar="FILE", default="calibration.json", help="default: calibration.json")
     for name, kind in FLAGS.items():
         parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as of sample_jax.py")
+    parser.add_argument("--lora", action="append", metavar="PATH[:STRENGTH]", help="as of sample_jax.py")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given |= {"lora": tuple(given["lora"])} if "lora" in given else {}
     file, prompts, output = (given.pop(name, None) for name in ("config", "prompts", "output"))
     config = load_config(file, SampleConfig) if file else SampleConfig()
     # Plain runs are measured, whatever the configuration samples with.

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from wanjax.config import SampleConfig
 from wanjax.convert import Checkpoint
+from wanjax.convert.lora import LoRAFile
 from wanjax.errors import InputError
 
 FORMAT = "wanjax calibration 1"
@@ -106,7 +108,9 @@ def read(path: str) -> Calibration:
     return calibration
 
 
-def read_for(config: SampleConfig, checkpoint: Checkpoint, task: str, shift: float) -> Calibration | None:
+def read_for(
+    config: SampleConfig, checkpoint: Checkpoint, loras: Sequence[LoRAFile], task: str, shift: float
+) -> Calibration | None:
     """The calibration that is asked for, if it is for this run.
 
     Raises:
@@ -115,28 +119,31 @@ def read_for(config: SampleConfig, checkpoint: Checkpoint, task: str, shift: flo
     if config.calibration is None:
         return None
     measured = read(config.calibration)
-    measured.check(config.calibration, calibrated_for(config, checkpoint, task, shift))
+    measured.check(config.calibration, calibrated_for(config, checkpoint, loras, task, shift))
     return measured
 
 
-def calibrated_for(config: SampleConfig, checkpoint: Checkpoint, task: str, shift: float) -> dict[str, Any]:
+def calibrated_for(
+    config: SampleConfig, checkpoint: Checkpoint, loras: Sequence[LoRAFile], task: str, shift: float
+) -> dict[str, Any]:
     """What a calibration's runs and those that use it must have in common: `MUST_AGREE`."""
-    weights = fingerprint(checkpoint)
+    weights = fingerprint(checkpoint, loras)
     same = {"solver": config.solver, "conventions": config.conventions}
     return {"weights": weights, "task": task, "shift": float(shift), **same}
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tells the weights of the DiT from others: a hash of its files' sizes and of some of their bytes.
+def fingerprint(checkpoint: Checkpoint, loras: Sequence[LoRAFile] = ()) -> str:
+    """Tells the weights of the DiT, with adapters, from others: a hash of files' sizes and of some of their bytes.
 
     Both ends and seven places between are read of each file, so that tens of gigabytes take no time; whoever changes
     single weights elsewhere is not found out.
     """
     digest = hashlib.sha256()
-    for file in checkpoint.weights("dit").files:
-        size = file.path.stat().st_size
-        digest.update(f"{size}\n".encode())
-        with file.path.open("rb") as stream:
+    files = [(file.path, 1.0) for file in checkpoint.weights("dit").files]
+    for path, strength in [*files, *((lora.path, lora.strength) for lora in loras)]:
+        size = path.stat().st_size
+        digest.update(f"{size} {strength}\n".encode())
+        with path.open("rb") as stream:
             for part in range(9):
                 stream.seek(math.floor(part / 8 * max(0, size - 2**16)))
                 digest.update(stream.read(2**16))

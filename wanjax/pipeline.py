@@ -120,6 +120,7 @@ def prepare(config: SampleConfig) -> Plan:
     ids, mask = text.Tokenizer(checkpoint.tokenizer_dir, dit.text_len)(prompts)
     shift = config.shift or checkpoint.flow_shift or SHIFTS[task]
     schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
+    measured = calibration.read_for(config, checkpoint, loras, task, shift)
     return Plan(
         config=config,
         checkpoint=checkpoint,
@@ -139,7 +140,7 @@ def prepare(config: SampleConfig) -> Plan:
         schedule=schedule,
         shift=shift,
         mesh=choose_mesh(config, dit),
-        caching=caching.make_rules(config, schedule, calibration.read_for(config, checkpoint, task, shift)),
+        caching=caching.make_rules(config, schedule, measured),
         programs=Programs(cache_folder(config.compile_cache)),
         noise=make_noise(config, (1, f, *conditioning.latent_size(height, width), dit.out_channels)),
     )
