@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     from wanjax.data.sources import open_data
     from wanjax.training import loop, plan
     from wanjax.training.export import export
-    from wanjax.training.state import abstract_state, init_state
+    from wanjax.training.state import abstract_state, init_state, resumed
 
     # ---- processes, before anything asks for a device
     use_tpu_options()
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
             state, position = init_state(config, objective), 0
         else:
             state, position = checkpoints.restore(abstract_state(config, objective))
+            state = resumed(config, objective, state)
         if distributed.is_main():
             size = sum(x.size for x in jax.tree.leaves(state.model))
             what = type(objective).__name__

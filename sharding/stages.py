@@ -4,7 +4,6 @@ full-size networks on any mesh without memory for one of them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT
 from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.training.flow_matching import FlowMatching, in_dtypes
 from wanjax.training.state import new_state
 from wanjax.training.step import make_step
 
@@ -147,8 +146,7 @@ def vae_chunks(config: SampleConfig, shapes: Shapes) -> tuple[Stage, Stage]:
 
 def train_step(config: TrainConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
     """One optimiser step on a whole batch."""
-    dit = dataclasses.replace(dit, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
-
+    dit = in_dtypes(dit, config)
     objective = FlowMatching(config, dit)
     state = shapes.like(jax.eval_shape(lambda: new_state(config, objective.make(nnx.Rngs(0)))))
     size = latent_shape(config)

@@ -6,6 +6,7 @@ whatever devices and processes restore it read the parts that they need.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Checkpoints:
         """Begin to save; returns as soon as the arrays may change again.
 
         Args:
-          state: of the run.
+          state: of the run; what is frozen of it is left out.
           position: batches taken from the data.
         """
         step = int(state.step)
@@ -54,12 +55,13 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, int]:
-        """The newest checkpoint's state and data position, laid out as `abstract` says.
+        """The newest checkpoint's state, without what is frozen, and data position, laid out as `abstract` says.
 
         Raises:
           InputError: it is of another network, or damaged.
         """
         step: Any = self.latest
+        abstract = dataclasses.replace(abstract, frozen=None)
         wanted = _by_path(abstract)
         try:
             stored = self._manager.item_metadata(step)["state"]
@@ -97,6 +99,6 @@ class Checkpoints:
 
 
 def _by_path(state: TrainState) -> dict[str, Any]:
-    """Every array under its path, such as `model.blocks.ffn.fc_in.kernel`."""
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    """Every array that changes under its path, such as `model.blocks.ffn.fc_in.kernel`."""
+    leaves = jax.tree_util.tree_flatten_with_path(dataclasses.replace(state, frozen=None))[0]
     return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): x for path, x in leaves}

@@ -290,7 +290,8 @@ class TrainConfig:
     workdir: str | None = None  # checkpoints and metrics; a run that finds some there goes on from them
     checkpoint: str | None = None  # weights to start from, in the Diffusers or the official layout
     encoders: str | None = None  # checkpoint whose VAE, umT5 and CLIP encode the clips; None: as `checkpoint`
-    dit: DiTConfig | None = None  # without a checkpoint: the network, its weights random
+    dit: DiTConfig | None = None  # the network: with random weights, or, of a checkpoint with fewer inputs, widened
+    lora: LoRAConfig | None = None  # train adapters beside the checkpoint's DiT, which stays as it is
     vae: VAEConfig | None = None
     towers: TowersConfig | None = None
     mesh: str = "fsdp=-1"  # as `sharding.mesh.parse_mesh` takes it

@@ -1,4 +1,7 @@
-"""The trained network as a checkpoint that sampling reads: `WORKDIR/model`, in the Diffusers layout."""
+"""The trained network as a checkpoint that sampling reads: `WORKDIR/model`, in the Diffusers layout.
+
+Of adapters, `WORKDIR/lora.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wanjax import lora
 from wanjax.config import TrainConfig
 from wanjax.convert import Checkpoint, save
 from wanjax.convert.mapping import NetworkName
@@ -32,12 +36,15 @@ def export(config: TrainConfig, objective: Objective, model: Any) -> Path:
     Matrices are written in bfloat16, as most published ones are. All processes have to call this.
 
     Returns:
-      The folder; it appears when it is complete.
+      The folder or the file; it appears when it is complete.
 
     Raises:
       InputError: as `wanjax.convert.save`.
     """
     assert config.workdir is not None
+    if config.lora is not None:
+        lora.save(Path(config.workdir) / "lora.safetensors", model)
+        return Path(config.workdir) / "lora.safetensors"
     path, new = Path(config.workdir) / "model", Path(config.workdir) / "model.new"
     folder = config.encoders or config.checkpoint
     if jax.process_index() == 0:  # only it writes

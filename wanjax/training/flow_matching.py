@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sharding.rules import activation_spec, constrain, parameter_sharding
-from wanjax import conditioning, flow
+from sharding.rules import activation_spec, constrain, parameter_sharding, shard_parameters
+from wanjax import conditioning, flow, lora
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import Encoded
 from wanjax.models.dit import DiT
+from wanjax.training.start import load_start
 
 
 class Noised(NamedTuple):
@@ -30,6 +31,14 @@ class Noised(NamedTuple):
     batch: Encoded
     noise: jax.Array
     sigma: jax.Array
+
+
+def in_dtypes(dit: DiTConfig, config: TrainConfig) -> DiTConfig:
+    """The network with the run's dtypes: weights are float32, but those beside adapters never change, and are stored in
+    what they are computed in.
+    """
+    dtype = jnp.dtype(config.dtype)
+    return dataclasses.replace(dit, dtype=dtype, param_dtype=jnp.float32 if config.lora is None else dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +62,17 @@ class FlowMatching:
 
     def make(self, rngs: nnx.Rngs) -> DiT:
         """A random DiT."""
-        return DiT(self.dit, rngs)
+        return self._adapted(DiT(self.dit, rngs), rngs)
 
     def load(self) -> DiT:
-        """The checkpoint's DiT."""
-        assert self.config.checkpoint is not None
-        return Checkpoint(self.config.checkpoint).load("dit", self.dit, parameter_sharding)
+        """The checkpoint's DiT, widened if it has fewer inputs; see `wanjax.training.start`."""
+        c = self.config
+        assert c.checkpoint is not None
+        dit = load_start(Checkpoint(c.checkpoint), self.dit, parameter_sharding, c.seed)
+        return shard_parameters(self._adapted(dit, nnx.Rngs(c.seed)))
+
+    def _adapted(self, dit: DiT, rngs: nnx.Rngs) -> DiT:
+        return dit if self.config.lora is None else lora.attach(dit, self.config.lora, rngs)
 
     def prepare(self, batch: Encoded, key: jax.Array) -> Noised:
         """Draw noise and noise levels."""

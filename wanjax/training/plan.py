@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax.numpy as jnp
-
 from sharding.mesh import MeshShape
 from sharding.ulysses import check_heads
 from wanjax import conditioning
@@ -13,9 +9,10 @@ from wanjax.config import DiTConfig, TrainConfig
 from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
 from wanjax.training.contrastive import Contrastive
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.training.flow_matching import FlowMatching, in_dtypes
 from wanjax.training.objective import Objective
 from wanjax.training.reconstruction import Reconstruction
+from wanjax.training.start import start_config
 
 
 def objective(config: TrainConfig) -> Objective:
@@ -27,6 +24,8 @@ def objective(config: TrainConfig) -> Objective:
     given = [name for name in ("dit", "vae", "towers") if getattr(config, name) is not None]
     if len(given) > 1:
         raise InputError(f"networks {' and '.join(given)} to train; one is accepted; leave the others None")
+    if config.lora is not None and {"vae", "towers"} & {*given}:
+        raise InputError(f"lora with the network {given[0]}; adapters are for the DiT; leave lora None")
     if config.vae is not None:
         return Reconstruction(config, config.vae)
     if config.towers is not None:
@@ -35,33 +34,20 @@ def objective(config: TrainConfig) -> Objective:
 
 
 def network(config: TrainConfig) -> DiTConfig:
-    """The network to train: the checkpoint's or the configured one, with float32 weights.
+    """The network to train: the checkpoint's or the configured one, which may have more inputs.
 
     Raises:
       InputError: there is neither, or they differ, or the checkpoint cannot be used.
     """
     if config.checkpoint is None:
+        if config.lora is not None:
+            raise InputError("lora without a checkpoint to train adapters for; give --checkpoint, or leave lora None")
         if config.dit is None:
             raise InputError("no network; a checkpoint or a config with `dit` is needed; give --checkpoint")
-        return dataclasses.replace(config.dit, dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
+        return in_dtypes(config.dit, config)
     checkpoint = Checkpoint(config.checkpoint)
-    dit = checkpoint.config("dit", dtype=jnp.dtype(config.dtype), param_dtype=jnp.float32)
-    wanted = (
-        dit if config.dit is None else dataclasses.replace(config.dit, dtype=dit.dtype, param_dtype=dit.param_dtype)
-    )
-    for field in dataclasses.fields(dit):
-        theirs, ours = getattr(dit, field.name), getattr(wanted, field.name)
-        if theirs != ours:
-            raise InputError(
-                f"checkpoint {config.checkpoint} has {field.name} {theirs}, the config's dit {ours}; the same network "
-                "is needed; give another --checkpoint, or a config without dit"
-            )
-    if dit.quantize != "off":
-        raise InputError(
-            f"checkpoint {config.checkpoint} is quantised to {dit.quantize}, which has no gradient; full weights are "
-            "needed; give the checkpoint that it was made of"
-        )
-    checkpoint.check("dit", dit)
+    dit = in_dtypes(config.dit or checkpoint.config("dit"), config)
+    checkpoint.check("dit", start_config(checkpoint, dit))
     return dit
 
 

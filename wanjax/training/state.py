@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.rules import parameter_sharding
+from wanjax import lora
 from wanjax.config import TrainConfig
 from wanjax.training.objective import Objective
 
@@ -24,9 +25,11 @@ class TrainState:
 
     step: int32, optimiser steps taken.
     seed: int32; all randomness of step n comes from the seed and n, so a resumed run draws what it would have drawn.
-    model: the network; its weights float32, whatever it computes in.
+    model: the network, or only its adapters; weights float32, whatever it computes in.
     optimizer: optax's state, its moments sharded as the weights.
-    ema: the network with the moving average of its weights; None without.
+    ema: the model with the moving average of its weights; None without.
+    frozen: the network without the adapters that are trained, see `wanjax.lora`; else None. Not saved: it is the
+      checkpoint's.
     """
 
     step: jax.Array
@@ -34,11 +37,12 @@ class TrainState:
     model: Any
     optimizer: Any
     ema: Any = None
+    frozen: Any = None
 
     @property
     def best(self) -> Any:
-        """The weights to use: averaged if there is an average."""
-        return self.model if self.ema is None else self.ema
+        """The network to use, its weights averaged if there is an average."""
+        return whole(self.model if self.ema is None else self.ema, self.frozen)
 
     def key(self) -> jax.Array:
         """The PRNG key of the coming step."""
@@ -97,8 +101,8 @@ def _learning_rate(config: TrainConfig) -> Any:
 
 
 def _kernels(model: Any) -> Any:
-    """Which leaves decay: weight matrices, as opposed to biases, norms, modulation and position tables."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in str(path), model)
+    """Which leaves decay: weight matrices and adapters, as opposed to biases, norms, modulation, position tables."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in str(path) or "lora" in str(path), model)
 
 
 def abstract_state(config: TrainConfig, objective: Objective) -> TrainState:
@@ -134,6 +138,18 @@ def init_state(config: TrainConfig, objective: Objective) -> TrainState:
     return jax.jit(make)(jax.random.key(config.seed))
 
 
+def whole(model: Any, frozen: Any) -> Any:
+    """The network, from what is trained of it and what is not, if there is any."""
+    return model if frozen is None else lora.join(model, frozen)
+
+
+def resumed(config: TrainConfig, objective: Objective, state: TrainState) -> TrainState:
+    """A state as it was saved, and what is not saved of it."""
+    if config.lora is None:
+        return state
+    return dataclasses.replace(state, frozen=init_state(config, objective).frozen)
+
+
 def _sharded(make: Any, specs: Any) -> Any:
     """`make` as a program whose inner shardings XLA derives from those of its result.
 
@@ -144,6 +160,9 @@ def _sharded(make: Any, specs: Any) -> Any:
 
 def new_state(config: TrainConfig, model: Any) -> TrainState:
     """The state of step 0 around a network."""
+    frozen = None
+    if config.lora is not None:
+        model, frozen = lora.split(model)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(config.seed, jnp.int32),
@@ -151,4 +170,5 @@ def new_state(config: TrainConfig, model: Any) -> TrainState:
         optimizer=make_optimizer(config).init(model),
         # A copy: the step takes the memory of both.
         ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, model),
+        frozen=frozen,
     )

@@ -6,6 +6,7 @@ state' = AdamW(state, clip(grads)),  ema' = decay ema + (1 - decay) model'
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import optax
 from sharding.rules import split_batch
 from wanjax.config import TrainConfig
 from wanjax.training.objective import Objective
-from wanjax.training.state import TrainState, make_optimizer
+from wanjax.training.state import TrainState, make_optimizer, whole
 
 
 class Metrics(NamedTuple):
@@ -34,7 +35,7 @@ def make_step(config: TrainConfig, objective: Objective) -> Any:
 
 def train_step(config: TrainConfig, objective: Objective, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
     """One step on a whole batch."""
-    loss, grads = gradients(config, objective, state.model, objective.prepare(batch, state.key()))
+    loss, grads = gradients(config, objective, state.model, objective.prepare(batch, state.key()), state.frozen)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
@@ -42,8 +43,10 @@ def train_step(config: TrainConfig, objective: Objective, state: TrainState, bat
     updates, optimizer = optimizer_update(config, grads, state)
     model = optax.apply_updates(state.model, updates)
     ema = None if state.ema is None else average(config, state, model)
+    old = dataclasses.replace(state, frozen=None)
     new = TrainState(state.step + 1, state.seed, model, optimizer, ema)
-    return jax.tree.map(functools.partial(jnp.where, finite), new, state), Metrics(loss, norm, finite)
+    new = jax.tree.map(functools.partial(jnp.where, finite), new, old)
+    return dataclasses.replace(new, frozen=state.frozen), Metrics(loss, norm, finite)
 
 
 def optimizer_update(config: TrainConfig, grads: Any, state: TrainState) -> tuple[Any, Any]:
@@ -62,12 +65,14 @@ def average(config: TrainConfig, state: TrainState, model: Any) -> Any:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, model)
 
 
-def gradients(config: TrainConfig, objective: Objective, model: Any, prepared: Any) -> tuple[jax.Array, Any]:
-    """Mean loss of the batch and its gradient: float32, and sharded as the weights.
+def gradients(
+    config: TrainConfig, objective: Objective, model: Any, prepared: Any, frozen: Any = None
+) -> tuple[jax.Array, Any]:
+    """Mean loss of the batch and its gradient by the state's model: float32, and sharded as that is.
 
     With `config.accumulate` the batch's parts are computed one after the other, and only the sum is kept.
     """
-    differentiate = jax.value_and_grad(objective.loss)
+    differentiate = jax.value_and_grad(lambda model, part: objective.loss(whole(model, frozen), part))
     if config.accumulate == 1:
         return differentiate(model, prepared)
 

@@ -1,0 +1,189 @@
+"""Adapters learn, and nothing else changes or is saved."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_convert import assert_same_model, values
+
+import train_jax
+from sharding.mesh import MeshShape, make_mesh
+from wanjax import lora
+from wanjax.checkpoint import Checkpoints
+from wanjax.config import DiTConfig, LoRAConfig, TrainConfig, VAEConfig
+from wanjax.convert import Checkpoint, save
+from wanjax.convert.load import parameters
+from wanjax.data.batch import make_batch
+from wanjax.data.synthetic import Synthetic
+from wanjax.errors import InputError
+from wanjax.models.dit import DiT
+from wanjax.training import plan
+from wanjax.training.export import export
+from wanjax.training.state import abstract_state, init_state, resumed
+from wanjax.training.step import gradients, train_step
+
+DIT = DiTConfig(
+    dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
+)
+TARGETS = (*LoRAConfig().targets, "head")
+FAST = {"xla_backend_optimization_level": 0}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run on a checkpoint whose head, unlike a new one's, is not zero: what the blocks do counts."""
+    folder = tmp_path_factory.mktemp("run")
+    dit = DiT(DIT, nnx.Rngs(0))
+    kernel = dit.head.linear.kernel
+    dit.head.linear.kernel = kernel.replace(jax.random.normal(jax.random.key(0), kernel.shape) / 8)
+    save(folder / "checkpoint", "official", {"dit": dit}, pth=False)
+    return TrainConfig(
+        workdir=str(folder), checkpoint=str(folder / "checkpoint"), lora=LoRAConfig(rank=8, targets=TARGETS),
+        height=32, width=32, frames=5, batch=4, accumulate=2, warmup=0, learning_rate=1e-2, ema_decay=0.9,
+    )  # fmt: skip
+
+
+def on(shape):
+    return jax.set_mesh(make_mesh(shape, jax.devices()[: np.prod(shape)]))
+
+
+@pytest.fixture(scope="module")
+def run(config):
+    """On a mesh: the compiled step, the batch, the state of step 0 and that after 60 steps, with their losses."""
+    with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
+        objective = plan.objective(config)
+        step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0, compiler_options=FAST)
+        batch = make_batch(Synthetic(config, objective.dit, distinct=1), 0, config.batch)
+        state = init_state(config, objective)
+        first, losses = jax.device_get(state), []
+        for _ in range(60):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics.loss))
+        yield step, batch, first, state, losses
+
+
+def test_only_adapters_are_trained(config, run):
+    _, _, first, state, _ = run
+    count = 2 * (12 + 1)
+    assert len(jax.tree.leaves(state.model)) == count
+    assert all(lora.is_adapter(x) and x.dtype == jnp.float32 for x in parameters(state.model).values())
+    assert len([x for x in jax.tree.leaves(state.optimizer) if x.ndim]) == 2 * count
+    assert len(jax.tree.leaves(state.ema)) == count
+    assert state.frozen.blocks.ffn.fc_in.kernel.dtype == jnp.bfloat16  # what it is computed in
+    assert len({str(x.index) for x in state.frozen.blocks.ffn.fc_in.kernel[...].addressable_shards}) == 8
+    assert len({str(x.index) for x in state.model.blocks.ffn.fc_in.lora.a[...].addressable_shards}) == 8
+    assert not np.any(first.model.blocks.ffn.fc_in.lora.b[...])
+
+
+def test_overfits_one_sample_and_leaves_the_base_as_it_is(config, run):
+    _, _, first, state, losses = run
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]), losses
+    assert_same_model(state.frozen, first.frozen)
+    c = dataclasses.replace(plan.network(config))
+    assert_same_model(state.frozen, Checkpoint(config.checkpoint).load("dit", c))
+
+
+def test_the_file_has_what_was_learned(config, run):
+    """Read beside the checkpoint's weights, it is the trained network to the bit."""
+    *_, state, _ = run
+    path = export(config, plan.objective(config), state.best)
+    assert path.name == "lora.safetensors"
+    c = plan.network(config)
+    read = lora.load(
+        Checkpoint(config.checkpoint), dataclasses.replace(c, param_dtype=jnp.float32), lora.parse([str(path)]), False
+    )
+    wanted = values(state.ema)
+    assert all(np.array_equal(x, values(read)[path]) for path, x in wanted.items())
+    assert wanted.keys() == {path for path in values(read) if ".lora." in path}
+
+
+def test_resumes_exactly_and_saves_nothing_frozen(config, run, tmp_path):
+    step, batch, _, state, _ = run
+    with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
+        checkpoints, objective = Checkpoints(tmp_path), plan.objective(config)
+        checkpoints.save(state, 60)
+        checkpoints.wait()
+        abstract = abstract_state(config, objective)
+        again, position = checkpoints.restore(abstract)
+        assert position == 60
+        assert again.frozen is None
+        stored = (tmp_path / "checkpoints/60/state/_METADATA").read_text()
+        assert "model.blocks.ffn.fc_in.lora.a" in stored
+        assert "kernel" not in stored
+        again = resumed(config, objective, again)
+        copy = jax.tree.map(jnp.copy, state)
+        results = [step(x, batch) for x in (copy, again)]
+        for x, y in zip(*(jax.tree.leaves(jax.device_get(x)) for x in results), strict=True):
+            np.testing.assert_array_equal(x, y)
+        checkpoints.close()
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "dots"])
+def test_gradients_are_the_same_on_one_device(config, remat):
+    config = dataclasses.replace(config, dtype="float32", remat=remat)
+    results = []
+    for shape in (MeshShape(), MeshShape(data=2, ring=2, ulysses=2)):
+        with on(shape):
+            objective = plan.objective(config)
+            state = init_state(config, objective)
+            rng = np.random.default_rng(0)
+            model = jax.tree.map(
+                lambda x, rng=rng: jax.device_put(rng.standard_normal(x.shape, np.float32) / 8, x.sharding), state.model
+            )
+            batch = make_batch(Synthetic(config, objective.dit), 0, config.batch)
+
+            def run(state, batch, objective=objective):
+                return gradients(config, objective, state.model, objective.prepare(batch, state.key()), state.frozen)
+
+            state = dataclasses.replace(state, model=model)
+            results.append(jax.device_get(jax.jit(run, compiler_options=FAST)(state, batch)))
+    (loss, grads), (loss_mesh, grads_mesh) = results
+    np.testing.assert_allclose(loss, loss_mesh, rtol=1e-5)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(grads))
+    for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_mesh), strict=True):
+        assert np.abs(x).max() > 0
+        # Where attention is nearly flat, gradients are what rounding leaves of zero.
+        np.testing.assert_allclose(x, y, atol=1e-4 * max(np.abs(x).max(), 1e-3 * largest))
+
+
+def test_command_line(config, tmp_path, capsys):
+    text = f"from wanjax.config import *\ndef get_config():\n    return {dataclasses.replace(config, steps=2)!r}\n"
+    (tmp_path / "config.py").write_text(text)
+    argv = ["--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run"), "--mesh", "ulysses=8"]
+    train_jax.main([*argv, "--steps", "1"])
+    first = (tmp_path / "run/lora.safetensors").read_bytes()
+    train_jax.main(argv)
+    assert f"weights: {tmp_path / 'run/lora.safetensors'}" in capsys.readouterr().out
+    assert (tmp_path / "run/lora.safetensors").read_bytes() != first
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"checkpoint": None, "dit": DIT}, ["lora without a checkpoint", "--checkpoint"]),
+        ({"vae": VAEConfig()}, ["lora with the network vae"]),
+        ({"dit": dataclasses.replace(DIT, num_layers=3)}, ["num_layers 2, the config's dit 3"]),
+    ],
+)
+def test_what_is_refused(config, changes, words):
+    with pytest.raises(InputError) as caught:
+        plan.objective(dataclasses.replace(config, **changes))
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_wider_network_starts_from_a_checkpoint(config, tmp_path):
+    """And full training of it, too."""
+    t2v = dataclasses.replace(DIT, in_channels=16, image_dim=None, image_positions=0)
+    save(tmp_path / "t2v", "official", {"dit": DiT(t2v, nnx.Rngs(0))}, pth=False)
+    for adapters in (None, config.lora):
+        wider = dataclasses.replace(config, checkpoint=str(tmp_path / "t2v"), dit=DIT, lora=adapters)
+        with on(MeshShape()):
+            state = init_state(wider, plan.objective(wider))
+            assert state.best.patch_embedding.kernel.shape[3] == 36
+            assert not np.any(np.asarray(state.best.blocks.cross_attention.v_image.kernel[...]))
+        assert (state.frozen is None) == (adapters is None)
