@@ -78,11 +78,11 @@ def training(config: TrainConfig, dit: DiTConfig, shape: MeshShape, mesh: Abstra
     step.check()
     state, batch = step.arguments
     tokens = tokens_per_device(stages.latent_shape(config), dit, shape)
-    weights = bytes_per_device(state.model)
+    trained = bytes_per_device(state.model)
     row = {
-        "weights": weights,
+        "weights": trained + bytes_per_device(state.frozen),
         "optimiser": bytes_per_device(state.optimizer),
-        "gradients": weights,
+        "gradients": trained,
         "batch": bytes_per_device(batch),
         "kept~": int(KEPT[config.remat] * dit.num_layers * tokens * dit.dim * 2),
         "activations~": 2 * working_bytes(tokens, dit),

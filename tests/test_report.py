@@ -124,9 +124,11 @@ def test_text_of_a_tpu():
     assert flops(parse(TPU)) == 3 * 2 * 16 * 4 * 8
 
 
-@pytest.mark.parametrize(
-    "name", ["flf2v_14b_720p", "i2v_14b_480p", "t2v_1_3b_480p", "train_flf2v_14b_720p", "train_flf2v_14b_720p_4chips"]
-)
+CONFIGS = ("flf2v_14b_720p", "i2v_14b_480p", "t2v_1_3b_480p")
+TRAINING = ("train_flf2v_14b_720p", "train_flf2v_14b_720p_4chips", "train_lora_flf2v_14b")
+
+
+@pytest.mark.parametrize("name", CONFIGS + TRAINING)
 def test_every_mesh_of_every_configuration(name, capsys):
     path = f"configs/{name}.py"
     report.main(["--config", path])
