@@ -126,9 +126,10 @@ def test_text_of_a_tpu():
 
 CONFIGS = ("flf2v_14b_720p", "i2v_14b_480p", "t2v_1_3b_480p")
 TRAINING = ("train_flf2v_14b_720p", "train_flf2v_14b_720p_4chips", "train_lora_flf2v_14b")
+STAGES = ("train_flf2v_14b_stage1", "train_flf2v_1_3b_stage1")
 
 
-@pytest.mark.parametrize("name", CONFIGS + TRAINING)
+@pytest.mark.parametrize("name", CONFIGS + TRAINING + STAGES)
 def test_every_mesh_of_every_configuration(name, capsys):
     path = f"configs/{name}.py"
     report.main(["--config", path])
