@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: sample test lint aot aot-setup golden parity parity-setup bench clean
+.PHONY: sample test lint aot aot-setup golden parity parity-setup bench demo clean
 
 sample: .venv/.installed  ## the packaged demo model on its own two frames: out/video.mp4
 	$(BIN)/python sample_jax.py
@@ -37,6 +37,29 @@ parity-setup: .venv/.golden
 
 bench: .venv/.installed  ## every script of benchmarks/, one after the other
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+DEMO := out/demo
+TRAIN = $(BIN)/python train_jax.py --config configs/demo_$(1).py && test -d $@
+CACHE = $(BIN)/python -m wanjax.data.cache --config configs/demo_stage$(1).py --out $(DEMO)/clips$(1)
+
+demo: $(DEMO)/stage3/model  ## trains the demo model anew, in hours, and puts it into wanjax/demo; again: goes on
+	$(BIN)/python -m wanjax.demo $<
+
+# A model's folder appears when its training is done; a training that was interrupted goes on from its checkpoint.
+$(DEMO)/vae/model: | .venv/.installed
+	$(call TRAIN,vae)
+$(DEMO)/vae_long/model: | $(DEMO)/vae/model
+	$(call TRAIN,vae_long)
+$(DEMO)/towers/model: | $(DEMO)/vae_long/model
+	$(call TRAIN,towers)
+$(DEMO)/clips%/index.json: | $(DEMO)/towers/model
+	$(call CACHE,$*)
+$(DEMO)/stage1/model: | $(DEMO)/clips1/index.json
+	$(call TRAIN,stage1)
+$(DEMO)/stage2/model: | $(DEMO)/clips2/index.json $(DEMO)/stage1/model
+	$(call TRAIN,stage2)
+$(DEMO)/stage3/model: | $(DEMO)/clips3/index.json $(DEMO)/stage2/model
+	$(call TRAIN,stage3)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache out
