@@ -16,7 +16,7 @@ from wanjax.config import TrainConfig, load_config
 from wanjax.errors import InputError
 
 HELP = {
-    "workdir": "folder for checkpoints and metrics",
+    "workdir": "folder for checkpoints, metrics and samples",
     "checkpoint": "weights to start from: a folder in the Diffusers or the official layout",
     "encoders": "checkpoint whose VAE, umT5 and CLIP encode the clips (default: --checkpoint)",
     "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
@@ -27,6 +27,8 @@ HELP = {
     "learning_rate": "after the warm-up",
     "save_every": "steps between checkpoints",
     "keep": "newest checkpoints that stay",
+    "validate_every": "steps between losses on held-out clips, 0: never",
+    "sample_every": "steps between samples of held-out clips, 0: never",
     "remat": "what the backward pass computes again",
     "dtype": "of activations",
 }
@@ -36,6 +38,7 @@ CHOICES = {
 }
 TYPES: dict[str, type] = {
     **dict.fromkeys(("batch", "accumulate", "steps", "seed", "save_every", "keep"), int),
+    **dict.fromkeys(("validate_every", "sample_every"), int),
     "learning_rate": float,
 }
 
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     from wanjax.checkpoint import Checkpoints
     from wanjax.data.batch import Batches
     from wanjax.data.sources import open_data
-    from wanjax.training import loop, plan
+    from wanjax.training import loop, plan, validation
     from wanjax.training.export import export
     from wanjax.training.state import abstract_state, init_state, resumed
 
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             size = sum(x.size for x in jax.tree.leaves(state.model))
             what = type(objective).__name__
             print(f"{what}, {size:,} parameters on {jax.device_count()} devices ({shape}), step {int(state.step)}")
-            print(f"{config.data}; {config.batch} samples and {objective.units:,} units a step")
+            print(f"{config.data}; {config.batch} samples a step")
 
         # ---- data, at the state's position
         data = open_data(config, objective)
@@ -110,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
         # ---- the work
         try:
             with distributed.notice_lost_hosts():
-                state, finished = loop.train(config, objective, state, batches, checkpoints)
+                held_out = validation.open_validation(config, objective, data)
+                state, finished = loop.train(config, objective, state, batches, checkpoints, held_out)
         except distributed.LostHostError as error:
             print(f"error: {error}", file=sys.stderr)
             distributed.leave(1)

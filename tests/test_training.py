@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import json
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +14,7 @@ from wanjax.config import DiTConfig, TrainConfig
 from wanjax.data.batch import Batches, make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
-from wanjax.training import loop, plan
+from wanjax.training import plan
 from wanjax.training.flow_matching import FlowMatching
 from wanjax.training.state import _learning_rate, abstract_state, init_state
 from wanjax.training.step import train_step
@@ -111,28 +108,6 @@ def test_batches_do_not_depend_on_the_mesh_and_continue(mesh):
     for i in range(4):
         for ours, sample in zip(second, source[4 + i], strict=True):
             np.testing.assert_array_equal(ours[i], sample)
-
-
-def test_sigterm_is_noticed_and_the_old_handler_comes_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with loop.stop_requested() as stop:
-        assert not stop(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop(2)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_metrics_are_exact_and_lose_what_was_lost(tmp_path):
-    file = loop.MetricsFile(tmp_path, 0)
-    values = np.random.default_rng(0).standard_normal(3).astype(np.float32)
-    for i, x in enumerate(values):
-        file.write(i + 1, loss=x)
-    with file.path.open("a") as f:
-        f.write('{"step": 4, "lo')  # killed here
-    loop.MetricsFile(tmp_path, 2)
-    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    assert [np.float32(line["loss"]) for line in lines] == list(values[:2])
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,13 @@ class TrainConfig:
     remat: Remat = "block"
     save_every: int = 500  # steps
     keep: int = 2  # newest checkpoints that stay
+    validation: Data | None = None  # held-out clips
+    validate_every: int = 0  # steps between validation losses; 0: never
+    validation_batches: int = 2  # of `batch / accumulate` samples
+    sample_every: int = 0  # steps between samples of held-out clips; 0: never
+    sample_clips: int = 4
+    sample_steps: int = 20  # of the solver, with `shift`
+    guidance: float = 5.0  # of the samples; 1: none
 
 
 def load_config(path: str, kind: type[T]) -> T:

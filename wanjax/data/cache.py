@@ -249,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m wanjax.data.cache", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", required=True, help="of the training to come")
     parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--validation", action="store_true", help="encode the held-out clips, `validation`, instead")
     parser.add_argument("--encoders", help="checkpoint whose VAE, umT5 and CLIP encode the clips")
     parser.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
     parser.add_argument("--processes", type=int, default=1, help="that write the same folder")
@@ -258,6 +259,10 @@ def main(argv: list[str] | None = None) -> None:
     from wanjax.training import plan
 
     config = load_config(flags.config, TrainConfig)
+    if flags.validation:
+        if config.validation is None:
+            raise InputError(f"--validation, but {flags.config} has no validation; held-out clips are needed; set it")
+        config = dataclasses.replace(config, data=config.validation)
     config = dataclasses.replace(config, batch=flags.batch, encoders=flags.encoders or config.encoders)
     dit = plan.network(config)
     devices = jax.local_devices()

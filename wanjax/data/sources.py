@@ -66,14 +66,14 @@ def open_clips(config: TrainConfig) -> ClipSet:
     raise InputError(f"{type(data).__name__} has no clips to look at; ShapesData or VideoData is needed; change data")
 
 
-def open_data(config: TrainConfig, objective: Objective) -> Data:
-    """Data for `objective`; the DiT's encoders are loaded onto the ambient mesh.
+def open_data(config: TrainConfig, objective: Objective, encoders: Encoders | None = None) -> Data:
+    """Data for `objective`; the DiT's encoders are loaded onto the ambient mesh, unless they are given.
 
     Raises:
       InputError: the objective does not learn from such data, or the data cannot be used.
     """
     if isinstance(objective, FlowMatching):
-        return _for_dit(config, objective)
+        return _for_dit(config, objective, encoders)
     if isinstance(config.data, (SyntheticData, CachedData)):
         raise InputError(f"{type(config.data).__name__} for a VAE or for towers; they learn from clips; change data")
     chosen = open_clips(config)
@@ -86,12 +86,12 @@ def open_data(config: TrainConfig, objective: Objective) -> Data:
     return Data(Pairs(chosen.clips, chosen.order(config), config, tokenizer, towers.clip.image_size))
 
 
-def _for_dit(config: TrainConfig, objective: FlowMatching) -> Data:
+def _for_dit(config: TrainConfig, objective: FlowMatching, encoders: Encoders | None) -> Data:
     if isinstance(config.data, SyntheticData):
         return Data(Synthetic(config, objective.dit))
     if isinstance(config.data, CachedData):
         return Data(CachedSamples(config.data.path, config, objective.dit))
-    encoders = Encoders(config, objective.dit)
+    encoders = encoders or Encoders(config, objective.dit)
     return Data(task_samples(config, encoders), encoders)
 
 

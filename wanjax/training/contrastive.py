@@ -77,9 +77,13 @@ class Contrastive:
     towers: TowersConfig
 
     @property
-    def units(self) -> int:
+    def unit(self) -> str:
+        """What `units` counts."""
+        return "clips"
+
+    def units(self, batch: Pair) -> int:
         """Clips of a batch."""
-        return self.config.batch
+        return len(batch.ids)
 
     def make(self, rngs: nnx.Rngs) -> Towers:
         """Random towers."""

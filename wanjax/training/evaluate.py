@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding.rules import constrain
+from sharding.rules import constrain, replicate
 from wanjax import solvers
 from wanjax.data.batch import Encoded
 from wanjax.models.dit import DiT
@@ -26,9 +26,9 @@ SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 """Noise levels of the validation loss."""
 
 
-def validation_losses(objective: FlowMatching, model: DiT, batch: Encoded) -> jax.Array:
+def validation_losses(objective: FlowMatching, model: DiT, batch: Encoded, seed: jax.Array | int = 0) -> jax.Array:
     """Mean loss of a batch at each of `SIGMAS`, `[len(SIGMAS)]`, with the same noise whenever it is called."""
-    noise = objective.prepare(batch, jax.random.key(0)).noise
+    noise = objective.prepare(batch, jax.random.key(seed)).noise
 
     def at(sigma: jax.Array) -> jax.Array:
         sigmas = constrain(jnp.full(batch.latents.shape[0], sigma), "batch")
@@ -81,8 +81,8 @@ def sample_latents(
 
 @jax.jit
 def decode(vae: VAE, latents: jax.Array) -> jax.Array:
-    """Latents to uint8 videos `[b, F, H, W, 3]`."""
-    return jnp.round((vae.decode(latents).astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
+    """Latents to uint8 videos `[b, F, H, W, 3]`, the whole of them on every device."""
+    return replicate(jnp.round((vae.decode(latents).astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8))
 
 
 def noise_of(clips: Any, shape: tuple[int, ...], seed: int = 0) -> jax.Array:
@@ -95,6 +95,29 @@ def psnr(video: np.ndarray, truth: np.ndarray) -> float:
     """Peak signal to noise ratio in dB of uint8 or float videos in [0, 255], any shape."""
     error = np.mean((video.astype(np.float64) - truth) ** 2)
     return float(10 * np.log10(255**2 / max(error, 1e-10)))
+
+
+def ssim(video: np.ndarray, truth: np.ndarray) -> float:
+    """Structural similarity of uint8 or float videos `[F, H, W, 3]` in [0, 255]: mean over frames, colours and places.
+
+    Gaussian windows of 11 x 11 and a deviation of 1.5, where they fit into the frame (Wang et al. 2004).
+    """
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        for axis in (1, 2):
+            x = np.lib.stride_tricks.sliding_window_view(x, len(window), axis) @ window
+        return x
+
+    a, b = video.astype(np.float64), truth.astype(np.float64)
+    mean_a, mean_b = blur(a), blur(b)
+    variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similar = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float(np.mean(similar / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))))
 
 
 def crossfade(video: np.ndarray) -> np.ndarray:

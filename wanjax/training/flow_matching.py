@@ -10,6 +10,7 @@ Source: Wan (arXiv 2503.20314, section 4.2); see `wanjax.flow`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sharding.rules import activation_spec, constrain, parameter_sharding, shard_parameters
-from wanjax import conditioning, flow, lora
+from wanjax import flow, lora
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import Encoded
@@ -53,12 +54,14 @@ class FlowMatching:
     dit: DiTConfig
 
     @property
-    def units(self) -> int:
+    def unit(self) -> str:
+        """What `units` counts."""
+        return "tokens"
+
+    def units(self, batch: Encoded) -> int:
         """Tokens of a batch."""
-        c = self.config
-        frames, (height, width) = conditioning.latent_frames(c.frames), conditioning.latent_size(c.height, c.width)
-        patch_frames, patch_height, patch_width = self.dit.patch_size
-        return c.batch * (frames // patch_frames) * (height // patch_height) * (width // patch_width)
+        b, *size, _ = batch.latents.shape
+        return b * math.prod(n // p for n, p in zip(size, self.dit.patch_size, strict=True))
 
     def make(self, rngs: nnx.Rngs) -> DiT:
         """A random DiT."""

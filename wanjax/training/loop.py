@@ -1,18 +1,16 @@
-"""The loop around the step: what is printed, written, saved, and what ends it."""
+"""The loop around the step: what is measured, written, saved, and what ends it."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -20,9 +18,12 @@ from sharding.distributed import is_main
 from wanjax.checkpoint import Checkpoints
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
+from wanjax.training import speed
+from wanjax.training.log import Log
 from wanjax.training.objective import Objective
 from wanjax.training.state import TrainState
-from wanjax.training.step import make_step
+from wanjax.training.step import Metrics, make_step
+from wanjax.training.validation import Validation
 
 
 class NonFiniteError(RuntimeError):
@@ -30,7 +31,12 @@ class NonFiniteError(RuntimeError):
 
 
 def train(
-    config: TrainConfig, objective: Objective, state: TrainState, batches: Batches, checkpoints: Checkpoints
+    config: TrainConfig,
+    objective: Objective,
+    state: TrainState,
+    batches: Batches,
+    checkpoints: Checkpoints,
+    validation: Validation | None = None,
 ) -> tuple[TrainState, bool]:
     """Train until `config.steps`, or until the run is told to stop; the state is on disk when this returns.
 
@@ -40,6 +46,7 @@ def train(
       state: to go on from; its memory is reused.
       batches: at the state's position.
       checkpoints: of the run.
+      validation: on held-out clips, from time to time; None: never.
 
     Returns:
       The state, and whether the last step was reached; False after SIGTERM.
@@ -47,27 +54,27 @@ def train(
     Raises:
       NonFiniteError: loss or gradients are not finite; checkpoints stay as they were.
     """
-    step, position = int(state.step), batches.position
-    train_step = make_step(config, objective)
-    metrics_file = MetricsFile(Path(config.workdir or "."), step)
+    step, position, stopped = int(state.step), batches.position, False
+    train_step, meter = make_step(config, objective), Meter(objective, frozen=config.lora is not None)
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_main())
-    with bar, stop_requested() as stop:
+    with bar, Log(Path(config.workdir or "."), step) as log, meter, stop_requested() as stop:
         batch = next(batches) if step < config.steps else None
-        stopped = False
         while step < config.steps and not (stopped := stop(step)):
-            start = time.perf_counter()
+            meter.start(batch)
             state, metrics = train_step(state, batch)
             position, step = batches.position, step + 1
+            meter.computing(metrics)
             batch = next(batches) if step < config.steps else None  # while the devices compute
+            meter.fetched()
             values = jax.device_get(metrics)
-            seconds = time.perf_counter() - start
+            measured = meter.stop()
             if not values.finite:
-                raise NonFiniteError(_non_finite(step, values, checkpoints.latest))
-            metrics_file.write(step, loss=values.loss, grad_norm=values.grad_norm, seconds=seconds)
-            bar.set_postfix_str(
-                f"loss {values.loss:.4f}, {seconds:.2f} s/step, {objective.units / seconds:,.0f} units/s"
-            )
+                names = batches.names(position - 1)  # those behind it are made already
+                raise NonFiniteError(_non_finite(step, values, checkpoints.latest, names))
+            bar.set_postfix_str(f"loss {values.loss:.4f}, {meter}")
             bar.update()
+            measured |= validation(step, state.best, log) if validation else {}
+            log.write(step, {"loss": values.loss, "grad_norm": values.grad_norm} | measured)
             if step % config.save_every == 0:
                 checkpoints.save(state, position)
         checkpoints.save(state, position)
@@ -75,40 +82,73 @@ def train(
     return state, not stopped
 
 
-def _non_finite(step: int, values: Any, saved: int | None) -> str:
+def _non_finite(step: int, values: Any, saved: int | None, names: list[str]) -> str:
     kept = f"the checkpoint of step {saved} is whole" if saved is not None else "there is no checkpoint yet"
     return (
         f"step {step}: loss {values.loss}, gradient norm {values.grad_norm}; both must be finite; {kept}: "
-        "lower the learning rate, or look at the data of this step"
+        f"lower the learning rate, or look at the clips of this step: {', '.join(names)}"
     )
 
 
-class MetricsFile:
-    """`WORKDIR/metrics.jsonl`, a line a step; floats are written so that reading gives the same bits.
+class Meter:
+    """Times the steps; a context manager. `str()` of it is the last step in words.
 
-    Args:
-      workdir: folder of the run.
-      step: of the state that the run goes on from; lines of later steps are of a run that was lost, and are dropped.
+    A step waits for data from when the devices have done it until the next batch is there. That the loop itself waits
+    for a batch while they compute costs nothing.
     """
 
-    def __init__(self, workdir: Path, step: int):
-        self.path = workdir / "metrics.jsonl"
-        if not is_main():
-            return
-        workdir.mkdir(parents=True, exist_ok=True)
-        # The last line of a killed run may be half a line.
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        new = self.path.with_suffix(".new")
-        new.write_text("".join(kept))
-        os.replace(new, self.path)
+    def __init__(self, objective: Objective, frozen: bool = False):
+        self.objective, self.frozen = objective, frozen
+        self.peak = speed.peak(jax.devices()[0].device_kind)
+        self._operations: dict[Any, int] = {}  # by the batch's shapes, of which there are a few
+        self._watcher = ThreadPoolExecutor(1)
+        self._text = ""
 
-    def write(self, step: int, **values: float | np.floating) -> None:
-        """Append the values of a step, on the main process."""
-        if is_main():
-            line = json.dumps({"step": step} | {name: float(x) for name, x in values.items()})
-            with self.path.open("a") as file:
-                file.write(line + "\n")
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._watcher.shutdown()
+
+    def __str__(self) -> str:
+        return self._text
+
+    def start(self, batch: Any) -> None:
+        """A step on this batch begins."""
+        self._units = self.objective.units(batch)
+        shapes = tuple(x.shape for x in jax.tree.leaves(batch))
+        if shapes not in self._operations:
+            self._operations[shapes] = speed.step_operations(self.objective, batch, self.frozen)
+        self._now, self._start = self._operations[shapes], time.perf_counter()
+
+    def computing(self, metrics: Metrics) -> None:
+        """The step has been given to the devices."""
+        self._done = self._watcher.submit(lambda: (jax.block_until_ready(metrics), time.perf_counter())[1])
+
+    def fetched(self) -> None:
+        """The next batch is there."""
+        self._fetched = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """The step is over; what was measured, by name."""
+        done = self._done.result()
+        seconds = max(done, self._fetched) - self._start
+        rate, waited = self._units / seconds, max(0.0, self._fetched - done) / seconds
+        flops = self._now / seconds
+        measured = {
+            "seconds": seconds,
+            f"{self.objective.unit}_per_second": rate,
+            "tflops": flops / 1e12,
+            "data_wait": waited,
+        }
+        share = f"{flops / 1e12:.3g} TFLOP/s"
+        if self.peak is not None:
+            measured["utilisation"] = flops / (self.peak * jax.device_count())
+            share = f"{100 * measured['utilisation']:.1f}% MFU"
+        self._text = (
+            f"{seconds:.2f} s/step, {rate:,.0f} {self.objective.unit}/s, {share}, {100 * waited:.0f}% data wait"
+        )
+        return measured
 
 
 @contextmanager

@@ -15,8 +15,12 @@ class Objective(Protocol):
     """
 
     @property
-    def units(self) -> int:
-        """Tokens, or what else is counted, of a batch: for the speed."""
+    def unit(self) -> str:
+        """What is counted for the speed: tokens, frames or clips."""
+        ...
+
+    def units(self, batch: Any, /) -> int:
+        """How many of these a batch has."""
         ...
 
     def make(self, rngs: nnx.Rngs) -> Any:

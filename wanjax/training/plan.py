@@ -63,6 +63,7 @@ def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
         if getattr(config, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(config, name)}; whole numbers from 1 are accepted; use {flag} 1")
+    check_validation(config, objective)
     if isinstance(objective, Contrastive) and config.accumulate > 1:
         raise InputError("--accumulate for contrastive learning; clips are compared with the whole batch; use 1")
     if isinstance(objective, FlowMatching):
@@ -82,3 +83,22 @@ def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
         )
     conditioning.latent_frames(config.frames)
     conditioning.latent_size(config.height, config.width)
+
+
+def check_validation(config: TrainConfig, objective: Objective) -> None:
+    """Whether what the run asks of held-out clips can be had.
+
+    Raises:
+      InputError: there are none, or the network cannot be sampled.
+    """
+    for name in ("validate_every", "sample_every"):
+        flag, every = "--" + name.replace("_", "-"), getattr(config, name)
+        if every < 0:
+            raise InputError(f"{flag} {every}; whole numbers from 0 (never) are accepted; use {flag} 0")
+        if every and config.validation is None:
+            raise InputError(f"{flag} {every} without held-out clips; set validation in the config, or use {flag} 0")
+    if config.sample_every and not isinstance(objective, FlowMatching):
+        raise InputError("--sample-every for a VAE or for towers; the DiT alone can be sampled; use --sample-every 0")
+    for name in ("validation_batches", "sample_clips", "sample_steps"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} {getattr(config, name)}; whole numbers from 1 are accepted; change the config")

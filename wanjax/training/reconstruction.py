@@ -47,9 +47,13 @@ class Reconstruction:
     vae: VAEConfig
 
     @property
-    def units(self) -> int:
+    def unit(self) -> str:
+        """What `units` counts."""
+        return "frames"
+
+    def units(self, batch: Snippet) -> int:
         """Frames of a batch."""
-        return self.config.batch * self.config.snippet[0]
+        return batch.given.size
 
     def make(self, rngs: nnx.Rngs) -> VAE:
         """A random VAE, with hardly any noise in its latents, which would drown all that is to be learned.

@@ -1,0 +1,198 @@
+"""The loop on a network of one number: what it writes, what it measures, and what ends it."""
+
+import dataclasses
+import json
+import os
+import signal
+import types
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tensorboardX.proto.event_pb2 import Event
+
+from sharding.mesh import MeshShape, make_mesh
+from wanjax.checkpoint import Checkpoints
+from wanjax.config import TrainConfig
+from wanjax.data.batch import Batches
+from wanjax.training import loop
+from wanjax.training.log import Log
+from wanjax.training.state import abstract_state, init_state
+
+CONFIG = TrainConfig(batch=2, steps=6, warmup=0, learning_rate=0.1, save_every=2)
+
+
+class Number(NamedTuple):
+    value: np.ndarray
+
+
+class Numbers:
+    """Sample i is i; `bad` is none."""
+
+    def __init__(self, bad=None):
+        self.bad = bad
+
+    def __getitem__(self, index):
+        return Number(np.float32([np.nan if index == self.bad else index]))
+
+    def name(self, index):
+        return f"clip-{index}"
+
+
+class Guess(nnx.Module):
+    def __init__(self):
+        self.guess = nnx.Param(jnp.zeros(1), axes=(None,))
+
+
+class Guessing:
+    """Learns the mean of all samples."""
+
+    unit = "numbers"
+
+    def units(self, batch):
+        return batch.value.size
+
+    def make(self, rngs):
+        return Guess()
+
+    def prepare(self, batch, key):
+        return batch
+
+    def loss(self, model, batch):
+        return jnp.mean((batch.value - model.guess[...]) ** 2)
+
+
+@pytest.fixture
+def mesh():
+    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])) as mesh:
+        yield mesh
+
+
+def run(workdir, source, validation=None, **change):
+    """A run, new or gone on with, and what it wrote."""
+    config, objective = dataclasses.replace(CONFIG, workdir=str(workdir), **change), Guessing()
+    checkpoints = Checkpoints(workdir, config.keep)
+    if checkpoints.latest is None:
+        state, position = init_state(config, objective), 0
+    else:
+        state, position = checkpoints.restore(abstract_state(config, objective))
+    try:
+        batches = Batches(source, config.batch, position)
+        state, finished = loop.train(config, objective, state, batches, checkpoints, validation)
+    finally:
+        checkpoints.close()
+    return state, finished
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(workdir):
+    """Tags by step of all event files, in the order they were written."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:  # length, its checksum, an event, its checksum
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [(event.step, value.tag) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_every_step_is_written(mesh, tmp_path):
+    def validation(step, model, log):
+        log.show(step, "samples/picture", np.zeros((4, 6, 3), np.uint8))
+        return {"validation/loss": float(model.guess[...][0])} if step == 4 else {}
+
+    state, finished = run(tmp_path, Numbers(), validation)
+    assert finished
+    assert int(state.step) == 6
+    written = lines(tmp_path)
+    names = {"step", "loss", "grad_norm", "seconds", "numbers_per_second", "tflops", "data_wait"}
+    assert [line["step"] for line in written] == list(range(1, 7))
+    assert all(set(line) - {"validation/loss"} == names for line in written)
+    assert [line["step"] for line in written if "validation/loss" in line] == [4]
+    assert written[3]["validation/loss"] == pytest.approx(0.4, abs=0.01)  # Adam's steps are of 0.1
+    assert written[0]["loss"] == 0.5  # of 0 and 1
+    assert all(0 <= line["data_wait"] <= 1 for line in written)
+    found = events(tmp_path)
+    assert {(6, "train/loss"), (6, "train/data_wait"), (4, "validation/loss"), (1, "samples/picture")} <= set(found)
+
+
+def test_a_step_that_is_not_finite_names_its_clips(mesh, tmp_path):
+    """The third batch of two; those behind it are made before it is known."""
+    with pytest.raises(loop.NonFiniteError) as error:
+        run(tmp_path, Numbers(bad=5))
+    assert str(error.value).endswith("the clips of this step: clip-4, clip-5")
+    assert str(error.value).startswith("step 3: loss nan")
+    assert "the checkpoint of step 2 is whole" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["2"]
+
+
+def test_sigterm_saves_and_the_run_goes_on(mesh, tmp_path):
+    def stop(step, model, log):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    whole, _ = run(tmp_path / "whole", Numbers())
+    state, finished = run(tmp_path / "parts", Numbers(), stop)
+    assert not finished
+    assert int(state.step) == 3
+    state, finished = run(tmp_path / "parts", Numbers())
+    assert finished
+    np.testing.assert_array_equal(state.model.guess[...], whole.model.guess[...])
+    assert [x["loss"] for x in lines(tmp_path / "parts")] == [x["loss"] for x in lines(tmp_path / "whole")]
+
+
+def test_sigterm_is_noticed_and_the_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.stop_requested() as stop:
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(2)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_metrics_are_exact_and_lose_what_was_lost(tmp_path):
+    values = np.random.default_rng(0).standard_normal(3).astype(np.float32)
+    with Log(tmp_path, 0) as log:
+        for i, x in enumerate(values):
+            log.write(i + 1, {"loss": x})
+    assert events(tmp_path) == [(i, "train/loss") for i in (1, 2, 3)]
+    with log.path.open("a") as f:
+        f.write('{"step": 4, "lo')  # killed here
+    with Log(tmp_path, 2):
+        pass
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert [np.float32(line["loss"]) for line in lines(tmp_path)] == list(values[:2])
+
+
+def test_data_wait_is_what_the_devices_wait(mesh, monkeypatch):
+    clock = types.SimpleNamespace(now=10.0)
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    batch = Number(jnp.zeros((2, 1)))
+    with loop.Meter(Guessing()) as meter:
+        for computed, fetched, waited in ((2.0, 1.0, 0.0), (1.0, 4.0, 0.75)):
+            clock.now = start = 10.0
+            meter.start(batch)
+            events = {computed: "done", fetched: "fetched"}
+            for moment in sorted(events):
+                clock.now = start + moment
+                if events[moment] == "done":
+                    meter.computing(jnp.zeros(()))
+                    meter._done.result()
+                else:
+                    meter.fetched()
+            measured = meter.stop()
+            assert measured["data_wait"] == waited
+            assert measured["seconds"] == max(computed, fetched)
+            assert measured["numbers_per_second"] == 2 / max(computed, fetched)
+    assert str(meter) == "4.00 s/step, 0 numbers/s, 0 TFLOP/s, 75% data wait"

@@ -1,0 +1,101 @@
+"""A run that is stopped at any step and started again takes the steps that it would have taken, to the bit."""
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import train_jax
+from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig
+from wanjax.data import cache
+from wanjax.training import loop
+from wanjax.training import step as steps
+
+CLIPS = ShapesData("all", first_seed=0, count=5)
+CONFIG = TrainConfig(
+    checkpoint="tests/golden/diffusers",
+    data=CLIPS,
+    tasks=TaskMix(i2v=1.0, flf2v=1.0, caption_dropout=0.3, image_dropout=0.3, variants=2),
+    frames=5,
+    height=32,
+    width=32,
+    batch=8,
+    steps=8,
+    warmup=3,
+    cooldown=3,
+    ema_decay=0.9,
+    save_every=3,
+    mesh="data=8",
+    dtype="float32",
+)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """Configuration files by kind of data."""
+    folder = tmp_path_factory.mktemp("configs")
+
+    def write(name, config):
+        path = folder / f"{name}.py"
+        path.write_text(f"from wanjax.config import *\ndef get_config():\n    return {config!r}\n")
+        return str(path)
+
+    files = {"pixels": write("pixels", CONFIG)}
+    cached = dataclasses.replace(CONFIG, data=CachedData(str(folder / "clips"), CLIPS))
+    files["cached"] = write("cached", cached)
+    cache.main(["--config", files["cached"], "--out", str(folder / "clips"), "--batch", "8"])
+    return files
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """One step for all runs, which differ in nothing that it looks at."""
+    objective = None
+
+    @functools.cache
+    def make():
+        return steps.make_step(CONFIG, objective)
+
+    def make_step(config, given):
+        nonlocal objective
+        objective = objective or dataclasses.replace(given, config=CONFIG)
+        return make()
+
+    return make_step
+
+
+@pytest.mark.parametrize(("data", "stop"), [("cached", 4), ("pixels", 5)])
+def test_stopped_and_started_again(configs, compiled, monkeypatch, tmp_path, data, stop):
+    def no_cluster(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", no_cluster)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    monkeypatch.setattr(loop, "make_step", compiled)
+    write = loop.Log.write
+
+    def train(workdir):
+        train_jax.main(["--config", configs[data], "--workdir", str(workdir)])
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+        return [(line["loss"], line["grad_norm"]) for line in lines]
+
+    whole = train(tmp_path / "whole")
+    assert len(whole) == 8
+
+    def terminate(log, step, values):
+        write(log, step, values)
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Log, "write", terminate)
+    assert len(train(tmp_path / "parts")) == stop  # returns, which is exit code 0
+    assert not (tmp_path / "parts/model").exists()
+    monkeypatch.setattr(loop.Log, "write", write)
+    np.testing.assert_array_equal(train(tmp_path / "parts"), whole)
+    assert (tmp_path / "parts/model").exists()
