@@ -24,7 +24,7 @@ from wanjax.training.reconstruction import to_pixels
 
 
 class Networks(NamedTuple):
-    """The encoders; `clip` is None for a network without images, `control` says whether there is a control branch."""
+    """The encoders; `clip` is None for a network without images."""
 
     vae: VAE
     umt5: UMT5Encoder
