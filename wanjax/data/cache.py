@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax import conditioning
-from wanjax.config import DiTConfig, TrainConfig, load_config
+from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import Encoded, Pixels, place
 from wanjax.data.buckets import Order, Shape
@@ -79,23 +79,19 @@ class CachedSamples:
     """
 
     def __init__(self, path: str, config: TrainConfig, dit: DiTConfig):
-        file = Path(path) / "index.json"
-        if not file.is_file():
-            raise InputError(
-                f"{path} has no index.json; a finished cache is needed; run python -m wanjax.data.cache --out {path}"
-            )
-        index = json.loads(file.read_text())
+        index = _read_index(Path(path))
         for name, ours in description(config).items():
             theirs = index[name]
             if ours != theirs and not (name == "encoders" and ours is None):
                 raise InputError(f"cache {path} has {name} {theirs}, the run {ours}; they must agree; make a new cache")
-        self.config, self.dit = config, dit
+        self.path, self.config, self.dit = path, config, dit
         buckets = {tuple(bucket["shape"]): np.array(bucket["clips"]) for bucket in index["buckets"]}
         self.order = Order(buckets, config.batch, config.seed)
         clips = [clip for bucket in index["buckets"] for clip in bucket["clips"]]
         self.positions = {clip: position for position, clip in enumerate(clips)}
         self.records = grain.sources.ArrayRecordDataSource([str(Path(path) / name) for name in index["files"]])
         self.empty_text = _unpack((Path(path) / EMPTY_TEXT).read_bytes())["text"]
+        self._check(_unpack(self.records[0]))
 
     def __getitem__(self, index: int) -> Encoded:
         """Sample `index`, from 0."""
@@ -113,9 +109,51 @@ class CachedSamples:
         """Which clip it is of."""
         return self._record(index)["name"]
 
+    def _check(self, record: dict[str, Any]) -> None:
+        """Whether the network takes what is in a record."""
+        c = self.dit
+        for name, ours in (
+            ("latents", c.out_channels),
+            ("text", c.text_dim),
+            ("image", c.image_dim),
+            ("known", c.out_channels if c.in_channels != c.out_channels else None),
+        ):
+            theirs = record[name].shape[-1] if name in record else None
+            if ours != theirs:
+                raise InputError(
+                    f"cache {self.path} has {name} of {theirs or 'no'} channels, the network takes {ours or 'none'}; "
+                    "they must agree; make a new cache for this network"
+                )
+        if c.image_positions and len(record["image"]) != c.image_positions:
+            raise InputError(
+                f"cache {self.path} has {len(record['image'])} tokens of images, the network takes "
+                f"{c.image_positions}; they must agree; make a new cache for this network"
+            )
+
     def _record(self, index: int) -> dict[str, Any]:
         clip, variant = place_of(index, self.order, self.config)
         return _unpack(self.records[self.positions[clip] * self.config.tasks.variants + variant])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """What a finished cache says of itself, if all its files are there."""
+    file = path / "index.json"
+    if not file.is_file():
+        raise InputError(
+            f"{path} has no index.json; a finished cache is needed; run python -m wanjax.data.cache --out {path}"
+        )
+    try:
+        index = json.loads(file.read_text())
+        names = [*index["files"], EMPTY_TEXT]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error!r}); a finished cache is needed; make a new one") from error
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise InputError(
+            f"cache {path} lacks {len(missing)} of {len(names)} files, the first {missing[0]}; all are needed; "
+            "remove index.json and run the command that made the cache again"
+        )
+    return index
 
 
 def _control(record: dict[str, np.ndarray]) -> np.ndarray | None:
@@ -173,13 +211,10 @@ def write_cache(
       InputError: the folder holds something else.
     """
     listed = [{"shape": list(shape), "clips": clips.tolist()} for shape, clips in buckets.items()]
-    index = description(config) | {"buckets": listed}
+    of = config.data.of if isinstance(config.data, CachedData) else config.data
+    index = description(config) | {"of": repr(of), "buckets": listed}
     _begin(out, index)
-    parts = [
-        bucket["clips"][start : start + CLIPS_PER_FILE]
-        for bucket in listed
-        for start in range(0, len(bucket["clips"]), CLIPS_PER_FILE)
-    ]
+    parts = _parts(buckets)
     files = [out / f"clips-{i:06d}.arrayrecord" for i in range(len(parts))]
     mine, variants = range(share[0], len(parts), share[1]), config.tasks.variants
     with tqdm(total=sum(len(parts[i]) for i in mine) * variants, unit="sample", dynamic_ncols=True) as bar:
@@ -191,9 +226,16 @@ def write_cache(
                 _write_file(files[i], encode_all(samples, encoders, places, config.batch, bar))
     if not all(file.exists() for file in files):
         return  # another process writes the rest, and then the index
-    _write_whole(out / EMPTY_TEXT, serialization.msgpack_serialize({"text": _empty_text(encoders)}))
-    index["files"] = [file.name for file in files]
-    _write_whole(out / "index.json", json.dumps(index).encode())
+    _finish(out, index | {"files": [file.name for file in files]}, encoders)
+
+
+def _parts(buckets: dict[Shape, np.ndarray]) -> list[list[int]]:
+    """The clips of each file, all of one shape."""
+    return [
+        clips[start : start + CLIPS_PER_FILE].tolist()
+        for clips in buckets.values()
+        for start in range(0, len(clips), CLIPS_PER_FILE)
+    ]
 
 
 def _begin(out: Path, index: dict[str, Any]) -> None:
@@ -207,9 +249,13 @@ def _begin(out: Path, index: dict[str, Any]) -> None:
     _write_whole(plan, json.dumps(index).encode())
 
 
-def _empty_text(encoders: Encoders) -> np.ndarray:
+def _finish(out: Path, index: dict[str, Any], encoders: Encoders) -> None:
+    """Write what all samples share, and at last the index."""
     text = np.asarray(encoders.empty_text())
-    return text[: _length(text)]
+    _write_whole(out / EMPTY_TEXT, serialization.msgpack_serialize({"text": text[: _length(text)]}))
+    _write_whole(out / "index.json", json.dumps(index).encode())
+    for left in out.glob("*.tmp"):  # by processes that were killed
+        left.unlink(missing_ok=True)
 
 
 def encode_all(
@@ -244,9 +290,17 @@ def _write_whole(path: Path, data: bytes) -> None:
     unfinished.rename(path)
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for bad flags too."""
+
+    def error(self, message: str):
+        """Raise instead of printing the usage."""
+        raise InputError(f"{message}; see --help")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser("python -m wanjax.data.cache", description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser("python -m wanjax.data.cache", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--config", required=True, help="of the training to come")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--validation", action="store_true", help="encode the held-out clips, `validation`, instead")
@@ -255,6 +309,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="that write the same folder")
     parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
     flags = parser.parse_args(argv)
+    if flags.batch < 1:
+        raise InputError(f"--batch {flags.batch}; whole numbers from 1 are accepted; use --batch 8")
+    if not 0 <= flags.process_id < flags.processes:
+        raise InputError(
+            f"--process-id {flags.process_id} of --processes {flags.processes}; accepted: 0 to processes - 1; change it"
+        )
     from wanjax.data.sources import open_clips, task_samples
     from wanjax.training import plan
 
@@ -267,9 +327,9 @@ def main(argv: list[str] | None = None) -> None:
     dit = plan.network(config)
     devices = jax.local_devices()
     with jax.set_mesh(make_mesh(MeshShape(fsdp=len(devices)), devices)):
-        encoders = Encoders(config, dit)
-        samples, buckets = task_samples(config, encoders), open_clips(config).buckets
-        write_cache(config, samples, buckets, encoders, Path(flags.out), (flags.process_id, flags.processes))
+        chosen, encoders = open_clips(config), Encoders(config, dit)
+        samples, share = task_samples(config, encoders, chosen), (flags.process_id, flags.processes)
+        write_cache(config, samples, chosen.buckets, encoders, Path(flags.out), share)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class ClipSet(NamedTuple):
 
 
 def open_clips(config: TrainConfig) -> ClipSet:
-    """The clips that `config.data` names, or that its cache was made of; says in a line how many cannot be used.
+    """The clips that `config.data` names, or that its cache was made of; names those that cannot be used.
 
     Raises:
       InputError: it names none, or they cannot be used.
@@ -61,6 +61,8 @@ def open_clips(config: TrainConfig) -> ClipSet:
         videos = Videos(data.path, config.frames, config.height * config.width)
         groups = group(videos, progress=is_main())
         if groups.unusable and is_main():
+            for name, reason in groups.unusable.items():
+                print(f"left out: {name}: {reason}")
             print(describe(groups.unusable, len(videos)))
         return ClipSet(Usable(videos, groups.buckets), groups.buckets)
     raise InputError(f"{type(data).__name__} has no clips to look at; ShapesData or VideoData is needed; change data")
@@ -91,12 +93,12 @@ def _for_dit(config: TrainConfig, objective: FlowMatching, encoders: Encoders | 
         return Data(Synthetic(config, objective.dit))
     if isinstance(config.data, CachedData):
         return Data(CachedSamples(config.data.path, config, objective.dit))
-    encoders = encoders or Encoders(config, objective.dit)
-    return Data(task_samples(config, encoders), encoders)
-
-
-def task_samples(config: TrainConfig, encoders: Encoders) -> TaskSamples:
-    """The clips of a run, with what is given of them."""
     chosen = open_clips(config)
+    encoders = encoders or Encoders(config, objective.dit)
+    return Data(task_samples(config, encoders, chosen), encoders)
+
+
+def task_samples(config: TrainConfig, encoders: Encoders, chosen: ClipSet) -> TaskSamples:
+    """Clips of a run, with what is given of them."""
     size = encoders.clip.image_size if encoders.clip else 0
     return TaskSamples(chosen.clips, chosen.order(config), config, encoders.tokenizer, encoders.images, size)

@@ -19,7 +19,7 @@ from wanjax import solvers
 from wanjax.config import CachedData, TaskMix, TrainConfig
 from wanjax.data.batch import Pixels, host_rows, make_batch, place
 from wanjax.data.encode import Encoders
-from wanjax.data.sources import Data, open_data, task_samples
+from wanjax.data.sources import Data, open_clips, open_data, task_samples
 from wanjax.media import write_video
 from wanjax.training import evaluate
 from wanjax.training.flow_matching import FlowMatching
@@ -127,7 +127,7 @@ class Sampler:
     def __init__(self, config: TrainConfig, objective: FlowMatching, encoders: Encoders):
         tasks = dataclasses.replace(TaskMix(caption_dropout=0.0), **{objective.dit.task: 1.0})
         self.config = config = dataclasses.replace(config, tasks=tasks, batch=config.sample_clips)
-        source = task_samples(config, encoders)
+        source = task_samples(config, encoders, open_clips(config))
         numbers = [source.order[i] for i in range(config.sample_clips)]
         pixels: list[Pixels] = [source.sample(number, 0) for number in numbers]
         self.truth, self.given = np.stack([x.video for x in pixels]), pixels[0].given

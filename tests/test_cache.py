@@ -1,0 +1,147 @@
+"""The cache of encoded clips: goes on where it was stopped, and says what is wrong with a folder. No network runs."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from sharding.mesh import MeshShape, make_mesh
+from wanjax.config import CachedData, DiTConfig, ShapesData, TaskMix, TrainConfig
+from wanjax.data import cache
+from wanjax.data.batch import Encoded, Pixels
+from wanjax.data.buckets import Order
+from wanjax.data.samples import TaskSamples
+from wanjax.data.shapes import Shapes
+from wanjax.errors import InputError
+
+DIT = DiTConfig(in_channels=8, out_channels=2, text_dim=3, text_len=6, image_dim=None, image_positions=0)
+CLIPS = ShapesData("all", 0, 5)
+CONFIG = TrainConfig(tasks=TaskMix(flf2v=1.0, variants=2), frames=5, height=16, width=16, batch=2, data=CLIPS)
+
+
+class Encoders:
+    """Latents that tell which clip they are of: its mean."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, batch: Pixels) -> Encoded:
+        self.calls += 1
+        b = len(batch.video)
+        latents = np.broadcast_to(
+            np.asarray(batch.video).mean((1, 2, 3, 4))[:, None, None, None, None], (b, 2, 2, 2, 2)
+        )
+        text = np.broadcast_to(np.float32([[[1] * 3] * 4 + [[0] * 3] * 2]), (b, 6, 3))
+        return Encoded(np.float32(latents), text, None, np.zeros((b, 2, 2, 2, 6), np.float32))
+
+    def empty_text(self):
+        return np.zeros((6, 3), np.float32)
+
+
+def tokens(captions):
+    return np.ones((len(captions), 6), np.int32), np.ones((len(captions), 6), np.int32)
+
+
+def write(out, encoders, config=CONFIG, **share):
+    clips = Shapes(config.data.first_seed, 5, 5, 16)
+    buckets = {clips.shape(0): np.arange(5)}
+    samples = TaskSamples(clips, Order(buckets, config.batch), config, tokens, 0, 0)
+    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
+        cache.write_cache(config, samples, buckets, encoders, out, **share)
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(cache, "CLIPS_PER_FILE", 2)
+
+
+@pytest.fixture
+def reading(tmp_path):
+    return dataclasses.replace(CONFIG, data=CachedData(str(tmp_path / "c"), CLIPS))
+
+
+def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, reading):
+    write(tmp_path / "whole", Encoders())
+    real, files = cache._write_file, []
+
+    def stopped(path, records):
+        files.append(path)
+        if len(files) == 2:
+            next(iter(records))
+            path.with_suffix(".1.tmp").touch()  # as a process that was killed leaves it
+            raise KeyboardInterrupt
+        real(path, records)
+
+    monkeypatch.setattr(cache, "_write_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "c", Encoders())
+    monkeypatch.setattr(cache, "_write_file", real)
+    with pytest.raises(InputError, match=r"no index\.json"):
+        cache.CachedSamples(reading.data.path, reading, DIT)
+    first = (tmp_path / "c/clips-000000.arrayrecord").stat().st_mtime_ns
+    encoders = Encoders()
+    write(tmp_path / "c", encoders)
+    assert encoders.calls == 3  # (2 + 1 clips) x 2 draws, 2 at a time
+    assert (tmp_path / "c/clips-000000.arrayrecord").stat().st_mtime_ns == first
+    assert sorted(os.listdir(tmp_path / "c")) == sorted(os.listdir(tmp_path / "whole"))
+    ours = cache.CachedSamples(reading.data.path, reading, DIT)
+    whole = cache.CachedSamples(str(tmp_path / "whole"), reading, DIT)
+    clips = Shapes(0, 5, 5, 16)
+    for i in range(10):
+        assert ours.name(i) == whole.name(i)
+        np.testing.assert_array_equal(ours[i].latents, whole[i].latents)
+        (seed,) = [k for k in range(5) if clips[k].name == ours.name(i)]
+        np.testing.assert_allclose(ours[i].latents, clips[seed].video.mean(), rtol=1e-4)
+
+
+def test_other_clips_do_not_go_on(tmp_path):
+    write(tmp_path / "c", Encoders(), share=(0, 2))
+    other = dataclasses.replace(CONFIG, data=ShapesData("all", 100, 5))
+    with pytest.raises(InputError, match="holds the beginning of another cache"):
+        write(tmp_path / "c", Encoders(), other)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    with pytest.raises(InputError, match="is not empty and no cache"):
+        write(tmp_path / "mine", Encoders())
+
+
+def test_what_a_network_does_not_take(tmp_path, reading):
+    write(tmp_path / "c", Encoders())
+    for change, message in (
+        ({"out_channels": 4, "in_channels": 12}, "has latents of 2 channels, the network takes 4"),
+        ({"text_dim": 5}, "has text of 3 channels, the network takes 5"),
+        ({"image_dim": 7}, "has image of no channels, the network takes 7"),
+        ({"in_channels": 2}, "has known of 2 channels, the network takes none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            cache.CachedSamples(reading.data.path, reading, dataclasses.replace(DIT, **change))
+
+
+def test_damaged_folders(tmp_path, reading):
+    write(tmp_path / "c", Encoders())
+    (tmp_path / "c/clips-000001.arrayrecord").unlink()
+    with pytest.raises(InputError, match=r"lacks 1 of 4 files, the first clips-000001\.arrayrecord"):
+        cache.CachedSamples(reading.data.path, reading, DIT)
+    index = json.loads((tmp_path / "c/index.json").read_text())
+    for text in ("{", json.dumps({k: v for k, v in index.items() if k != "files"})):
+        (tmp_path / "c/index.json").write_text(text)
+        with pytest.raises(InputError, match=r"index\.json is damaged"):
+            cache.CachedSamples(reading.data.path, reading, DIT)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--batch 0", "--batch 0; whole numbers"),
+        ("--processes 2 --process-id 2", "--process-id 2 of --processes 2"),
+        ("--batch many", "invalid int value"),
+        ("--validation", "has no validation"),
+    ],
+)
+def test_flags(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        cache.main(["--config", "configs/train_tiny.py", "--out", str(tmp_path / "c"), *flags.split()])
+    assert not (tmp_path / "c").exists()
