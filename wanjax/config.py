@@ -211,7 +211,7 @@ class SyntheticData:
 class ShapesData:
     """The demo's procedural clips of the seeds from `first_seed` on, see `wanjax.data.shapes`."""
 
-    kind: Literal["all", "different", "fine"]
+    kind: Literal["all", "different", "fine", "heart"]
     first_seed: int
     count: int
 

@@ -19,7 +19,7 @@ import numpy as np
 from wanjax.data.clip import Clip
 from wanjax.errors import InputError
 
-Kind = Literal["all", "different", "fine"]
+Kind = Literal["all", "different", "fine", "heart"]
 
 COLOURS = {
     "red": (0.88, 0.17, 0.17),
@@ -60,13 +60,13 @@ _ARC = 0.32  # height of an arc / way along the main axis
 _GROWTH = 1.3
 _MARGIN = 0.13  # centres keep away from the border
 _EDGE = 2.5  # softness of edges, pixels
-_SAMPLES = {"all": 1, "different": 1, "fine": 2}  # per pixel and side
+_SAMPLES = {"all": 1, "different": 1, "fine": 2, "heart": 1}  # per pixel and side
 
 
 class Figure(NamedTuple):
     """One shape and what happens to it.
 
-    shape: a key of `SHAPES`.
+    shape: a key of `SHAPES`, or "heart".
     striped: striped, or shaded from one side to the other.
     colours: names at the first and the last frame.
     verb: "moves" (far), "drifts" (a little) or "stays".
@@ -119,7 +119,8 @@ class Shapes:
       size: height and width, a multiple of 16.
       kind: "all"; "different": first and last frames differ strongly, for the second stage; "fine": the same scenes as
         "different", drawn with 2x2 samples per pixel, for the third. About two thirds of "all" are exactly the
-        "different" clips of the same seeds; in the others hardly anything moves.
+        "different" clips of the same seeds; in the others hardly anything moves. "heart": as "different", but every
+        figure is a heart, which is in none of the other kinds nor in `VOCABULARY`: something new to adapt to.
 
     Raises:
       InputError: an argument is none of these.
@@ -181,6 +182,8 @@ def draw_scene(seed: int, kind: Kind = "all") -> Scene:
         drawn = [_draw_figure(rng, verb, (names[i], names[i + 3])) for _ in range(4)]
         # Of some, the one that is best seen in the end frames.
         figures.append(max(drawn, key=lambda figure: _clearance(figure, figures)))
+    if kind == "heart":
+        figures = [figure._replace(shape="heart") for figure in figures]
     return Scene(tuple(figures), (background[0], background[1]), waves)
 
 
@@ -318,7 +321,8 @@ def _draw_figure_at(figure: Figure, time: np.ndarray, grid: np.ndarray, edge: fl
     dx, dy = (grid - centre[0]) / radius, (grid[:, None] - centre[1]) / radius  # [F, 1, n], [F, n, 1]
     x = np.cos(angle) * dx + np.sin(angle) * dy  # [F, n, n], in the figure's own frame and units
     y = np.cos(angle) * dy - np.sin(angle) * dx
-    cover = np.clip(0.5 - SHAPES[figure.shape](x, y) * (radius / edge), 0, 1)
+    outline = _heart if figure.shape == "heart" else SHAPES[figure.shape]
+    cover = np.clip(0.5 - outline(x, y) * (radius / edge), 0, 1)
     light = 0.9 + 0.14 * np.sin(np.float32(5.5) * x) if figure.striped else 0.9 + 0.14 * np.clip(x, -1, 1)
     return cover, light
 
@@ -347,6 +351,13 @@ def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         second = np.maximum(second, np.minimum(largest, line))
         largest = np.maximum(largest, line)
     return second - 0.38
+
+
+def _heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A square on its corner, and a circle on each of its two upper sides."""
+    square = (abs(x) + abs(y - 0.1)) * 0.707 - 0.53
+    circles = np.sqrt((abs(x) - 0.375) ** 2 + (y + 0.275) ** 2) - 0.53
+    return np.minimum(square, circles)
 
 
 # Distance from the outline, negative inside, in units of the radius.
