@@ -9,6 +9,7 @@ layer's weights when it needs them.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -94,7 +95,43 @@ def gather(parameter: jax.Array, x: jax.Array | None = None) -> jax.Array:
     split: set[str] = set()
     for names in jax.typeof(x).sharding.spec if x is not None else ():
         split |= {names} if isinstance(names, str) else set(names or ())
-    return jax.sharding.reshard(parameter, PartitionSpec(*(None,) * parameter.ndim, reduced=frozenset(split)))
+    return _gather(parameter, frozenset(split), jax.typeof(parameter).sharding.spec)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(parameter: jax.Array, split: frozenset[str], spec: PartitionSpec) -> jax.Array:
+    return jax.sharding.reshard(parameter, PartitionSpec(*(None,) * parameter.ndim, reduced=split))
+
+
+def _gather_forward(parameter: jax.Array, split: frozenset[str], spec: PartitionSpec) -> tuple[jax.Array, None]:
+    return _gather(parameter, split, spec), None
+
+
+def _scatter(split: frozenset[str], spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    """Partial sums home, over one mesh axis after another, each along an axis of its own in front of the array.
+
+    XLA makes reduce-scatters of these on every TPU mesh of configs/. Of one over several mesh axes at once, or along an
+    axis that memory tiles do not divide, it makes a whole sum on every device, twice the traffic, and cuts out a part.
+    """
+    sizes = current_shape()._asdict()
+    axis, split_by = next(((i, names) for i, names in enumerate(spec) if names), (0, ()))
+    names = [a for a in ((split_by,) if isinstance(split_by, str) else split_by) if sizes[a] > 1]
+    if not names:
+        return (jax.sharding.reshard(gradient, spec),)
+    g = jnp.moveaxis(gradient, axis, 0)
+    parts = g.reshape(*(sizes[a] for a in names), -1, *g.shape[1:])  # [fsdp, ring, ulysses, part, ..]
+    done: set[str] = set()
+    # First over the axes along which devices have the same: a cut behind a sum would be merged with the sum's own.
+    for name in sorted(names, key=split.__contains__):
+        done.add(name)
+        cut = (a if a in done else None for a in names)
+        parts = jax.sharding.reshard(parts, PartitionSpec(*cut, *(None,) * g.ndim, unreduced=split - done))
+    home = PartitionSpec(tuple(names), *(None,) * (g.ndim - 1), unreduced=split - done)
+    g = jax.lax.reshape(parts, g.shape, out_sharding=home)
+    return (jax.sharding.reshard(jnp.moveaxis(g, 0, axis), spec),)
+
+
+_gather.defvjp(_gather_forward, _scatter)
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
