@@ -1,6 +1,8 @@
 """A second start of the same command compiles nothing; a change of anything that makes the programs compiles anew."""
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -12,11 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from test_caching import NETWORK, SCHEDULE, STEPS
 from test_sample import DIFFUSERS, flags
 
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import programs
+from wanjax import caching, programs, solvers
+from wanjax.config import SampleConfig
+from wanjax.models.dit import DiT
 from wanjax.programs import Programs
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +135,26 @@ def test_changed_parts_compile_anew(tmp_path, monkeypatch, counts):
         assert compiles(placed) == 1
         assert compiles(placed) == 0
         assert compiles(jax.device_put(X, jax.NamedSharding(mesh, jax.P()))) == 1
+
+
+def test_the_configuration_is_in_the_key():
+    """Whatever changes the program without changing a shape."""
+
+    def name(solver="unipc", steps=STEPS, rules=True, **changes):
+        dit = DiT(dataclasses.replace(NETWORK, **changes), nnx.Rngs(0))
+        kept = caching.make_rules(SampleConfig(cache="fixed:2"), SCHEDULE) if rules else None
+        return programs.key(double, (dit, solvers.make_schedule(solver, steps, 5.0), kept))
+
+    changes = [{"attention": "int8fp8"}, {"attention": "reference"}, {"eps": 1e-5}, {"num_heads": 2}]
+    others = [name(**change) for change in [*changes, {"dtype": jnp.bfloat16}, {"steps": 9}, {"rules": False}]]
+    assert len({name(), *others}) == 1 + len(others)
+    assert name() == name(solver="euler")  # solvers differ in numbers only: one program for all
+
+
+def test_the_libraries_are_those_that_make_the_program():
+    assert {"jax", "jaxlib", "flax", "qwix", "libtpu"} <= set(programs.LIBRARIES)
+    versions = programs.surroundings()["libraries"]
+    assert all(versions[library] == importlib.metadata.version(library) for library in ("jax", "jaxlib", "qwix"))
 
 
 def test_the_code_is_all_sources(tmp_path, monkeypatch):

@@ -31,7 +31,10 @@ from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
 ENVIRONMENT = "WANJAX_COMPILE_CACHE"
-LIBRARIES = ("jax", "jaxlib", "flax", "libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "numpy")
+LIBRARIES = (
+    *("jax", "jaxlib", "flax", "qwix", "ml_dtypes", "numpy"),
+    *("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cudnn-cu12"),
+)
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 OPTIONS = (
     "jax_default_matmul_precision",
@@ -181,6 +184,7 @@ def _without_persistent_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+@functools.cache
 def _processor(device: Any) -> str | None:
     """For programs of a CPU, which may be compiled for its very model: what it is and can do."""
     file = Path("/proc/cpuinfo")
@@ -196,6 +200,7 @@ def _devices() -> list[Any]:
     return jax.devices()[:1] if mesh.empty else list(mesh.devices.flat)
 
 
+@functools.cache
 def _version(library: str) -> str | None:
     try:
         return importlib.metadata.version(library)
