@@ -28,7 +28,7 @@ def error(got, expected):
     return np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("shape", [(5120, 5120), (5120, 13824)], ids=str)
+@pytest.mark.parametrize("shape", [(5120, 5120), (5120, 13824), (13824, 5120)], ids=str)
 def test_error_at_the_shapes_of_14b(shape):
     """Gaussian weights and activations, the latter of very different sizes from token to token."""
     rng = np.random.default_rng(0)
