@@ -1,13 +1,16 @@
 """What each acceleration saves and what it changes, on clips that the model never learned from.
 
     python benchmarks/acceleration.py [--clips 64] [--first-seed 10000000] [--checkpoint DIR] [--guidance 1]
+    python benchmarks/acceleration.py --clips 16 --settings fixed:2,teacache:0.3,magcache:0.1+fp8    # candidates
+    python benchmarks/acceleration.py --guidance 4 --settings fixed:2+cfg:2,fixed:2+cfg:2@0.2
 
-The first and last frame of each clip of `wanjax.data.shapes` and its caption go in. Every switch denoises the same
-noise under the same conditions as the plain sampler, clip by clip, in turns. teacache and magcache are first calibrated
-on four other clips, to the threshold that runs the blocks in about half of the steps. Per switch: share of the plain
-sampler's DiT evaluations; median over clips of its denoising time over the plain one's, of three runs the fastest; PSNR
+The first and last frame of each clip of `wanjax.data.shapes` and its caption go in. Every row denoises the same noise
+under the same conditions as the plain sampler, clip by clip, in turns. teacache and magcache are first calibrated on
+four other clips, and without --settings measured at the threshold that runs the blocks in about half of the steps. Per
+row: share of the plain sampler's DiT evaluations; median over clips of its denoising time over the plain one's; PSNR
 and SSIM to the plain sampler's video; how much lower its PSNR to the true clip is than the plain one's. PSNR is that of
-the mean squared error of all frames but the two given. The last line is JSON.
+the mean squared error of all frames but the two given. `plain` is float32; the row `bfloat16`, its DiT in that, is what
+the loss of `int8` and `fp8` is to be compared with. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,21 +27,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+from sharding.rules import parameter_sharding
 from wanjax import caching, pipeline
 from wanjax.calibrate import calibrate
 from wanjax.calibration import Calibration
-from wanjax.config import SampleConfig
+from wanjax.config import DiTConfig, SampleConfig
 from wanjax.convert import Checkpoint
 from wanjax.data.shapes import Kind, Shapes
+from wanjax.errors import InputError
+from wanjax.models.dit import DiT
 from wanjax.quantize import requantized
+from wanjax.training.evaluate import ssim
 
 CALIBRATED = 4  # clips
-REPEATS = 3  # of a denoising; the fastest counts: the first one of a clip also looks programs up
-WINDOW = 7  # of SSIM, pixels
+SETTINGS = """rows to measure beside plain and fast, separated by commas; of a row, joined by +: fixed:K, teacache:T,
+magcache:T, cfg:K or cfg:K@SHARE (of the first steps, that always run both branches), int8, fp8, bfloat16, float32,
+attention:KERNEL"""
 
 
 class Measured(NamedTuple):
@@ -47,14 +57,52 @@ class Measured(NamedTuple):
     video: np.ndarray  # uint8 [F, H, W, 3]
 
 
-def switches(calibration: Calibration, config: SampleConfig) -> dict[str, dict[str, Any]]:
-    """The settings of each row."""
-    rows: dict[str, dict[str, Any]] = {"plain": {}, "fixed:2": {"cache": "fixed:2"}, "fixed:3": {"cache": "fixed:3"}}
-    rows |= {f"{kind}:{t:g}": {"cache": f"{kind}:{t}"} for kind, t in calibration.thresholds.items()}
-    if config.guidance != 1:
-        rows |= {f"cfg-cache {k}": {"cfg_cache": str(k)} for k in (2, 4)}
-    rows |= {format: {"quantize": format} for format in ("int8", "fp8")}
-    return rows | {"int8fp8 attention": {"attention": "int8fp8"}, "fast": {"fast": True}}
+class Row(NamedTuple):
+    """Settings that differ from the plain ones, and the share of the first steps without CFG cache, or None."""
+
+    settings: dict[str, Any]
+    guided: float | None = None
+
+
+def parse(text: str) -> dict[str, Row]:
+    """The rows of --settings, by their names.
+
+    Raises:
+      InputError: one is not understood.
+    """
+    return {name: parse_row(name) for name in text.split(",")}
+
+
+def parse_row(name: str) -> Row:
+    settings: dict[str, Any] = {}
+    guided = None
+    for part in name.split("+"):
+        kind, _, value = part.partition(":")
+        if kind in ("fixed", "teacache", "magcache"):
+            settings["cache"] = part
+        elif kind == "cfg":
+            settings["cfg_cache"], _, share = value.partition("@")
+            try:
+                guided = float(share) if share else None
+            except ValueError as error:
+                raise InputError(f"--settings {name!r}: {share!r} is no share of the steps; give cfg:2@0.4") from error
+        elif kind == "attention" and value in ("reference", "flash", "int8fp8"):
+            settings["attention"] = value
+        elif part in ("int8", "fp8"):
+            settings["quantize"] = part
+        elif part in ("bfloat16", "float32"):
+            settings["dtype"] = part
+        else:
+            raise InputError(f"--settings {name!r}: {part!r} is not understood; see --help")
+    return Row(settings, guided)
+
+
+def every_switch(calibration: Calibration, guidance: float) -> str:
+    """--settings where none are given."""
+    calibrated = [f"{kind}:{threshold:g}" for kind, threshold in calibration.thresholds.items()]
+    both_branches = ["cfg:2", "cfg:4"] if guidance != 1 else []
+    formats = ["bfloat16", "int8", "fp8", "attention:int8fp8"]
+    return ",".join(["fixed:2", "fixed:3", *calibrated, *both_branches, *formats])
 
 
 def requests(
@@ -83,33 +131,54 @@ def requests(
                 guidance=flags.guidance,
                 seed=first_seed + i,
                 dtype="float32",
+                compile_cache="off",  # JAX keeps what it compiled from clip to clip
             ),
         )
 
 
-def run(config: SampleConfig, calibration: Calibration, rows: dict[str, dict[str, Any]]) -> dict[str, Measured]:
-    """Every row on one clip: encoded once, denoised by each."""
-    plan = pipeline.prepare(config)
-    measured = {}
-    with pipeline.placed(plan):
-        conditions, vae = pipeline.encode(plan, {})
-        networks: dict[Any, Any] = {}
-        for name, settings in rows.items():
-            changed = dataclasses.replace(config, **settings)
-            dit = dataclasses.replace(requantized(plan.dit, changed.quantize), attention=changed.attention)
-            rules = caching.make_rules(changed, plan.schedule, calibration)
-            changed_plan = dataclasses.replace(plan, config=changed, dit=dit, caching=rules)
-            if dit not in networks:
-                networks[dit] = jax.block_until_ready(pipeline.load_dit(changed_plan, conditions))
-            network, context = networks[dit]
-            results, seconds = [], []
-            for _ in range(REPEATS):
+class Sampler:
+    """The networks that the rows need, each loaded once."""
+
+    def __init__(self, calibration: Calibration, rows: dict[str, Row]):
+        self.calibration, self.rows = calibration, rows
+        self.networks: dict[DiTConfig, tuple[DiT, DiT]] = {}  # whole, and without what only the context needs
+        self.compiled = False
+
+    def __call__(self, config: SampleConfig) -> dict[str, Measured]:
+        """Every row on one clip: encoded once, denoised by each."""
+        plan = pipeline.prepare(config)
+        with pipeline.placed(plan):
+            conditions, vae = pipeline.encode(plan, {})
+            runs = {name: self.prepared(plan, row, conditions) for name, row in self.rows.items()}
+            if not self.compiled:
+                for run in runs.values():
+                    pipeline.denoise(*run, conditions.control)
+                self.compiled = True
+            measured = {}
+            for name, run in runs.items():
                 start = time.perf_counter()
-                results.append(pipeline.denoise(changed_plan, network, context, conditions.control))
-                seconds.append(time.perf_counter() - start)
-            latents, evaluations = results[-1]
-            measured[name] = Measured(evaluations, min(seconds), pipeline.decode(changed_plan, vae, latents))
-    return measured
+                latents, evaluations = pipeline.denoise(*run, conditions.control)
+                seconds = time.perf_counter() - start
+                measured[name] = Measured(evaluations, seconds, pipeline.decode(plan, vae, latents))
+        return measured
+
+    def prepared(
+        self, plan: pipeline.Plan, row: Row, conditions: pipeline.Conditions
+    ) -> tuple[pipeline.Plan, Any, Any]:
+        """What `pipeline.denoise` takes for a row, on the device."""
+        changed = dataclasses.replace(plan.config, **row.settings)
+        dtype = jnp.dtype(changed.dtype)
+        dit = dataclasses.replace(plan.dit, attention=changed.attention, dtype=dtype, param_dtype=dtype)
+        dit = requantized(dit, changed.quantize)
+        rules = caching.make_rules(changed, plan.schedule, self.calibration)
+        if row.guided is not None and rules is not None and rules.late is not None:
+            rules = rules._replace(late=np.arange(changed.steps) >= math.ceil(row.guided * changed.steps))
+        if dit not in self.networks:
+            network = plan.checkpoint.load("dit", dit, parameter_sharding)
+            self.networks[dit] = network, network.without_context()
+        plan = dataclasses.replace(plan, config=changed, dit=dit, caching=rules)
+        network, bare = self.networks[dit]
+        return plan, bare, jax.block_until_ready(pipeline.make_context(plan, network, conditions))
 
 
 def squared_error(video: np.ndarray, other: np.ndarray) -> float:
@@ -122,27 +191,35 @@ def decibel(errors: list[float]) -> float:
     return float(-10 * np.log10(max(float(np.mean(errors)), 1e-12)))
 
 
-def ssim(video: np.ndarray, other: np.ndarray) -> float:
-    """Structural similarity (Wang et al. 2004) of all frames but the two given: windows of 7x7, all alike, grey."""
-    x, y = (
-        sliding_window_view(v[1:-1].mean(-1, dtype=np.float64) / 255, (WINDOW, WINDOW), (1, 2)) for v in (video, other)
-    )
-    mx, my = x.mean((-1, -2)), y.mean((-1, -2))
-    vx, vy = x.var((-1, -2)), y.var((-1, -2))
-    covariance = (x * y).mean((-1, -2)) - mx * my
-    c1, c2 = 0.01**2, 0.03**2
-    return float(np.mean((2 * mx * my + c1) * (2 * covariance + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))))
-
-
 def figures(name: str, clips: list[tuple[np.ndarray, dict[str, Measured]]], steps: int) -> dict[str, float]:
     """One row, over all clips; each is its true video and its measurements."""
     return {
         "dit_work": float(np.mean([rows[name].evaluations for _, rows in clips])) / steps,
         "wall_ratio": float(np.median([rows[name].seconds / rows["plain"].seconds for _, rows in clips])),
         "psnr_to_plain_db": decibel([squared_error(rows[name].video, rows["plain"].video) for _, rows in clips]),
-        "ssim_to_plain": float(np.mean([ssim(rows[name].video, rows["plain"].video) for _, rows in clips])),
+        "ssim_to_plain": float(np.mean([ssim(rows[name].video[1:-1], rows["plain"].video[1:-1]) for _, rows in clips])),
         "truth_psnr_db": decibel([squared_error(rows[name].video, truth) for truth, rows in clips]),
     }
+
+
+def check(flags: argparse.Namespace, rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows, if they can be used.
+
+    Raises:
+      InputError: one cannot.
+    """
+    for row in rows.values():
+        caching.switches(dataclasses.replace(SampleConfig(guidance=flags.guidance), **row.settings))
+    return rows
+
+
+def print_table(table: dict[str, dict[str, float]]) -> None:
+    print(f"{'':20} {'DiT work':>8} {'time':>6} {'PSNR to plain':>13} {'SSIM':>6} {'PSNR to truth':>13} {'loss':>6}")
+    for name, row in table.items():
+        print(
+            f"{name:20} {row['dit_work']:8.1%} {row['wall_ratio']:6.2f} {row['psnr_to_plain_db']:13.2f} "
+            f"{row['ssim_to_plain']:6.4f} {row['truth_psnr_db']:13.2f} {row['truth_psnr_loss_db']:6.3f}"
+        )
 
 
 def main() -> None:
@@ -157,32 +234,33 @@ def main() -> None:
     parser.add_argument("--solver", default="unipc")
     parser.add_argument("--shift", type=float, default=3.0)
     parser.add_argument("--guidance", type=float, default=1.0, help="1: none, and no CFG cache to measure")
-    parser.add_argument("--only", nargs="*", help="rows to measure beside plain and fast")
+    parser.add_argument("--settings", help=f"{SETTINGS} (default: every switch by itself)")
     flags = parser.parse_args()
+    start = time.perf_counter()
     Checkpoint(flags.checkpoint)  # or one line says what is wrong with it
+    rows = check(flags, parse(flags.settings)) if flags.settings else {}
     with tempfile.TemporaryDirectory() as folder:
         others = requests(flags, flags.first_seed + flags.clips, CALIBRATED, Path(folder))
         calibration = calibrate([config for _, config in others])
-        clips = []
-        for clip, config in requests(flags, flags.first_seed, flags.clips, Path(folder)):
-            rows = switches(calibration, config)
-            if flags.only is not None:
-                rows = {name: x for name, x in rows.items() if name in ("plain", "fast", *flags.only)}
-            clips.append((clip.video, run(config, calibration, rows)))
+        rows = rows or parse(every_switch(calibration, flags.guidance))
+        sample = Sampler(calibration, {"plain": Row({}), **rows, "fast": Row({"fast": True})})
+        held_out = requests(flags, flags.first_seed, flags.clips, Path(folder))
+        clips = [(clip.video, sample(config)) for clip, config in held_out]
 
     table = {name: figures(name, clips, flags.steps) for name in clips[0][1]}
-    print(f"{flags.clips} clips, {flags.steps} steps, guidance {flags.guidance:g}, fast: {caching.FAST}")
-    print(f"{'':20} {'DiT work':>8} {'time':>6} {'PSNR to plain':>13} {'SSIM':>6} {'PSNR to truth':>13} {'loss':>6}")
-    for name, row in table.items():
+    for row in table.values():
         row["truth_psnr_loss_db"] = table["plain"]["truth_psnr_db"] - row["truth_psnr_db"]
-        print(
-            f"{name:20} {row['dit_work']:8.1%} {row['wall_ratio']:6.2f} {row['psnr_to_plain_db']:13.2f} "
-            f"{row['ssim_to_plain']:6.4f} {row['truth_psnr_db']:13.2f} {row['truth_psnr_loss_db']:6.3f}"
-        )
+    print(f"{flags.clips} clips, {flags.steps} steps, guidance {flags.guidance:g}, fast: {caching.FAST}")
+    print_table(table)
     rounded = {name: {key: round(value, 4) for key, value in row.items()} for name, row in table.items()}
-    result = {"benchmark": "acceleration", "device": jax.devices()[0].device_kind, "clips": flags.clips}
-    print(json.dumps({**result, "rows": rounded, "fast": rounded["fast"]}))
+    result: dict[str, Any] = {"benchmark": "acceleration", "device": jax.devices()[0].device_kind, "clips": flags.clips}
+    result |= {"seconds": round(time.perf_counter() - start, 1), "rows": rounded, "fast": rounded["fast"]}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -251,10 +251,15 @@ def encode_control(plan: Plan, vae: VAE, tick: Callable[[], None] = lambda: None
 def load_dit(plan: Plan, conditions: Conditions) -> tuple[DiT, Context]:
     """The network without what only the context needs, a quarter of the weights; and the context."""
     dit = lora.load(plan.checkpoint, plan.dit, plan.loras, plan.lora_merged, parameter_sharding)
+    return dit.without_context(), make_context(plan, dit, conditions)
+
+
+def make_context(plan: Plan, dit: DiT, conditions: Conditions) -> Context:
+    """What the network's cross-attention sees of the conditions; of the whole network."""
     image = conditions.image
     if image is not None:
         image = jnp.repeat(image, len(conditions.features), axis=0)  # both branches of guidance see the frames
-    return dit.without_context(), plan.programs(_context, dit, conditions.features, image)
+    return plan.programs(_context, dit, conditions.features, image)
 
 
 def denoise(
