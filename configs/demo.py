@@ -37,7 +37,6 @@ def stage(number: int, clips: ShapesData, tasks: TaskMix, **settings) -> TrainCo
         beta2=0.99,
         warmup=100,
         ema_decay=0.998,
-        shift=3.0,
         remat="none",
         dtype="float32",
         save_every=200,
