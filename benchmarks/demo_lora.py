@@ -14,7 +14,8 @@ import argparse
 import dataclasses
 import functools
 import json
-import shutil
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from wanjax.data.cache import write_cache
 from wanjax.data.encode import Encoders
 from wanjax.data.shapes import Kind
 from wanjax.data.sources import open_clips, open_data, task_samples
+from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.training import evaluate, loop, plan
 from wanjax.training.export import export
@@ -61,7 +63,8 @@ def make_config(flags: argparse.Namespace) -> TrainConfig:
         cooldown=flags.steps // 2,
         weight_decay=0.0,
         beta2=0.99,
-        shift=3.0,
+        shift=8.0,
+        sigma_std=1.5,
         remat="none",
         dtype="float32",
         save_every=flags.steps,
@@ -122,13 +125,15 @@ def read_flags() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--solver-steps", type=int, default=10)
     parser.add_argument("--checkpoint", default="wanjax/demo")
-    parser.add_argument("--workdir", default="out/demo_lora", help="emptied first")
+    parser.add_argument("--workdir", help="a folder that is new or empty (default: a temporary one)")
     return parser.parse_args()
 
 
 def main() -> None:
     flags, start = read_flags(), time.perf_counter()
-    shutil.rmtree(flags.workdir, ignore_errors=True)
+    flags.workdir = flags.workdir or tempfile.mkdtemp(prefix="demo_lora_")
+    if Path(flags.workdir).exists() and any(Path(flags.workdir).iterdir()):
+        raise InputError(f"--workdir {flags.workdir} is not empty; a new or empty folder is accepted; give another")
     config = make_config(flags)
     objective = plan.objective(config)
     assert isinstance(objective, FlowMatching)
@@ -160,4 +165,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from wanjax.data.shapes import VOCABULARY, Shapes, caption, describe, draw_scene, render
+from wanjax.data.shapes import SHAPES, VOCABULARY, Shapes, caption, describe, draw_scene, render
 from wanjax.errors import InputError
 
 
@@ -104,3 +104,12 @@ def test_end_and_other_sizes():
 def test_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         Shapes(0, 1, **arguments)
+
+
+def test_a_new_shape_is_in_no_other_kind():
+    for seed in range(40):
+        hearts, others = (draw_scene(seed, kind) for kind in ("heart", "different"))
+        assert {figure.shape for figure in hearts.figures} == {"heart"}
+        assert {figure.shape for figure in others.figures} <= set(SHAPES)
+        assert [f._replace(shape="") for f in hearts.figures] == [f._replace(shape="") for f in others.figures]
+        assert not np.array_equal(Shapes(seed, 1, kind="heart")[0].video, Shapes(seed, 1, kind="different")[0].video)

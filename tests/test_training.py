@@ -141,6 +141,12 @@ def test_heads_that_ulysses_does_not_divide():
         plan.check(CONFIG, FlowMatching(CONFIG, dataclasses.replace(DIT, num_heads=12)), MeshShape(ulysses=8))
 
 
+def test_too_few_steps_for_the_learning_rate_to_rise_and_fall():
+    config = dataclasses.replace(CONFIG, steps=8, warmup=4, cooldown=5)
+    with pytest.raises(InputError, match="use --steps 9 or more"):
+        plan.check(config, FlowMatching(config, DIT), MeshShape())
+
+
 @pytest.mark.parametrize("cooldown", [0, 5])
 def test_learning_rate_rises_and_falls(cooldown):
     config = dataclasses.replace(CONFIG, steps=20, warmup=4, cooldown=cooldown, learning_rate=1.0)

@@ -66,7 +66,7 @@ _SAMPLES = {"all": 1, "different": 1, "fine": 2, "heart": 1}  # per pixel and si
 class Figure(NamedTuple):
     """One shape and what happens to it.
 
-    shape: a key of `SHAPES`, or "heart".
+    shape: a key of `SHAPES` or of `NEW_SHAPES`.
     striped: striped, or shaded from one side to the other.
     colours: names at the first and the last frame.
     verb: "moves" (far), "drifts" (a little) or "stays".
@@ -182,8 +182,8 @@ def draw_scene(seed: int, kind: Kind = "all") -> Scene:
         drawn = [_draw_figure(rng, verb, (names[i], names[i + 3])) for _ in range(4)]
         # Of some, the one that is best seen in the end frames.
         figures.append(max(drawn, key=lambda figure: _clearance(figure, figures)))
-    if kind == "heart":
-        figures = [figure._replace(shape="heart") for figure in figures]
+    if kind in NEW_SHAPES:
+        figures = [figure._replace(shape=kind) for figure in figures]
     return Scene(tuple(figures), (background[0], background[1]), waves)
 
 
@@ -321,8 +321,7 @@ def _draw_figure_at(figure: Figure, time: np.ndarray, grid: np.ndarray, edge: fl
     dx, dy = (grid - centre[0]) / radius, (grid[:, None] - centre[1]) / radius  # [F, 1, n], [F, n, 1]
     x = np.cos(angle) * dx + np.sin(angle) * dy  # [F, n, n], in the figure's own frame and units
     y = np.cos(angle) * dy - np.sin(angle) * dx
-    outline = _heart if figure.shape == "heart" else SHAPES[figure.shape]
-    cover = np.clip(0.5 - outline(x, y) * (radius / edge), 0, 1)
+    cover = np.clip(0.5 - (SHAPES | NEW_SHAPES)[figure.shape](x, y) * (radius / edge), 0, 1)
     light = 0.9 + 0.14 * np.sin(np.float32(5.5) * x) if figure.striped else 0.9 + 0.14 * np.clip(x, -1, 1)
     return cover, light
 
@@ -368,6 +367,9 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ring": _ring,
     "star": _star,
 }
+
+# In no clip but those of their own kind.
+NEW_SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"heart": _heart}
 
 VOCABULARY: tuple[str, ...] = tuple(
     sorted(

@@ -63,6 +63,12 @@ def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
         if getattr(config, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(config, name)}; whole numbers from 1 are accepted; use {flag} 1")
+    if config.cooldown and config.warmup + config.cooldown > config.steps:
+        needed = config.warmup + config.cooldown
+        raise InputError(
+            f"--steps {config.steps} with warmup {config.warmup} and cooldown {config.cooldown}; the learning rate has "
+            f"to rise before it falls; use --steps {needed} or more, or change the config"
+        )
     check_validation(config, objective)
     if isinstance(objective, Contrastive) and config.accumulate > 1:
         raise InputError("--accumulate for contrastive learning; clips are compared with the whole batch; use 1")
