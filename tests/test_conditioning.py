@@ -78,17 +78,6 @@ def test_control_video():
     np.testing.assert_array_equal(control[~given], 0)
 
 
-@pytest.mark.parametrize(
-    ("task", "options"),
-    [("i2v", {}), ("flf2v", {}), ("continuation", {"count": 3}), ("interpolation", {"indices": [2]})],
-)
-def test_place_frames(task, options):
-    given = conditioning.given_frames(task, 5, **options)
-    video = jax.random.uniform(jax.random.key(0), (2, 5, 4, 6, 3), minval=-1, maxval=1)
-    placed = jax.jit(lambda images: conditioning.place_frames(images, given))(np.asarray(video)[:, given])
-    np.testing.assert_array_equal(placed, conditioning.control_video(video, given[None]))
-
-
 def test_shardings_are_kept():
     """The mask takes on the sharding of the latents, on a mesh with explicit shardings."""
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "context"))):
@@ -96,9 +85,9 @@ def test_shardings_are_kept():
         latents = jax.device_put(np.ones((4, 2, 2, 4, 16), np.float32), P("data", None, None, "context"))
         branch = conditioning.control_branch(conditioning.latent_mask(given, 2, 4), latents)
         assert jax.typeof(branch).sharding.spec == P("data", None, None, "context", None)
-        images = jax.device_put(np.ones((4, 2, 4, 6, 3), np.float32), P("data"))
-        video = conditioning.place_frames(images, conditioning.given_frames("flf2v", 5))
-        assert jax.typeof(video).sharding.spec[0] == "data"
+        video = jax.device_put(np.ones((4, 5, 4, 6, 3), np.float32), P("data"))
+        control = conditioning.control_video(video, conditioning.given_frames("flf2v", 5)[None])
+        assert jax.typeof(control).sharding.spec[0] == "data"
 
 
 def test_branch_has_the_dtype_of_the_latents():
@@ -147,8 +136,3 @@ def test_wrong_size(height, width, advice):
 def test_wrong_task(task, options, message):
     with pytest.raises(InputError, match=message):
         conditioning.given_frames(task, 9, **options)
-
-
-def test_wrong_number_of_images():
-    with pytest.raises(InputError, match="accepted are 2"):
-        conditioning.place_frames(jnp.zeros((1, 3, 16, 16, 3)), conditioning.given_frames("flf2v", 5))

@@ -97,15 +97,6 @@ def test_too_narrow_a_picture():
         images.choose_size(picture(4000, 2), 64 * 96)
 
 
-def test_explicit_sizes():
-    images.check_size(480, 832)
-    for size in ((480, 830), (481, 832), (0, 832), (-16, 16)):
-        with pytest.raises(InputError, match="accepted: positive multiples of 16; use height"):
-            images.check_size(*size)
-    with pytest.raises(InputError, match="use height 480, width 832"):
-        images.check_size(475, 835)
-
-
 # ---- frames of different shapes ---------------------------------------------------------------------------------
 
 

@@ -111,28 +111,6 @@ def latent_mask(given: jax.Array | np.ndarray, height: int, width: int) -> jax.A
     return jnp.broadcast_to(flags, (b, f, height, width, TEMPORAL_FACTOR))  # [b, f, h, w, 4]
 
 
-def place_frames(images: jax.Array, given: np.ndarray) -> jax.Array:
-    """The control video from single images: in order at the given frames, zeros (mid-grey) elsewhere.
-
-    Args:
-      images: `[b, k, H, W, 3]` in [-1, 1], k at least 1.
-      given: bool `[F]` on the host, k of them True.
-
-    Returns:
-      `[b, F, H, W, 3]`; what goes into the VAE.
-
-    Raises:
-      InputError: unless there is one image for every given frame.
-    """
-    k, wanted = images.shape[1], int(np.sum(given))
-    if not 1 <= k == wanted:
-        raise InputError(
-            f"{k} images: accepted are {wanted}, one for every frame that the task is given; change images"
-        )
-    nearest = np.maximum(np.cumsum(given) - 1, 0)  # the image for each given frame, any image for the others
-    return control_video(images[:, nearest], given[None])  # [b, F, H, W, 3]
-
-
 def control_video(video: jax.Array, given: jax.Array | np.ndarray) -> jax.Array:
     """The control video from a whole one: its given frames, zeros (mid-grey) elsewhere; what goes into the VAE.
 

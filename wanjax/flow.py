@@ -2,8 +2,6 @@
 
     x_t      = (1 - s) x0 + s noise          s = sigma: 0 is data, 1 is noise
     velocity = noise - x0 = d x_t / d s      what the network predicts
-    x0       = x_t - s velocity
-    noise    = x_t + (1 - s) velocity
     shift    : s -> shift s / (1 + (shift - 1) s), which adds log(shift) to logit(s): more noise for shift > 1
     timestep = 1000 s                        what the network is told
     sigmas   ~ sigmoid(mean + std N(0, 1)), shifted
@@ -64,16 +62,6 @@ def interpolate(x0: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
 def velocity(x0: jax.Array, noise: jax.Array) -> jax.Array:
     """The training target `noise - x0`, float32 `[b, ..]`."""
     return _float32(noise) - _float32(x0)
-
-
-def to_x0(x_t: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The data that `velocity` points to, float32. `x_t`, `velocity` `[b, ..]`; `sigma` `[b]`."""
-    return _float32(x_t) - _per_sample(sigma, x_t) * _float32(velocity)
-
-
-def to_noise(x_t: jax.Array, velocity: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The noise that `velocity` comes from, float32. `x_t`, `velocity` `[b, ..]`; `sigma` `[b]`."""
-    return _float32(x_t) + (1 - _per_sample(sigma, x_t)) * _float32(velocity)
 
 
 def loss(prediction: jax.Array, target: jax.Array, weight: jax.Array | None = None) -> jax.Array:

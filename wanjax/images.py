@@ -1,7 +1,7 @@
 """From picture files to what the VAE and CLIP see (Wan2.1 `wan/first_last_frame2video.py`, `wan/modules/clip.py`).
 
     picture = read_image(path)
-    height, width = choose_size(picture, area)               # or the user's own, through check_size
+    height, width = choose_size(picture, area)               # or the user's own
     frames = match_frames([first, last], height, width)      # both show the same field
     video_pixels(frame, height, width)                       # [H, W, 3] for the VAE
     clip_pixels(frame, 224)                                  # [224, 224, 3] for CLIP
@@ -96,16 +96,6 @@ def choose_size(first: Picture, area: int) -> tuple[int, int]:
             "accepted: larger areas or less narrow pictures; set height and width, or crop the picture"
         )
     return size[0], size[1]
-
-
-def check_size(height: int, width: int) -> None:
-    """Raise InputError unless both sides are positive multiples of `SIZE_STEP`."""
-    if min(height, width) < SIZE_STEP or height % SIZE_STEP or width % SIZE_STEP:
-        near = [max(1, round(side / SIZE_STEP)) * SIZE_STEP for side in (height, width)]
-        raise InputError(
-            f"height {height}, width {width}; accepted: positive multiples of {SIZE_STEP}; "
-            f"use height {near[0]}, width {near[1]}"
-        )
 
 
 def match_frames(
