@@ -23,9 +23,9 @@ from test_convert import (
     load,
     make_i2v,
     make_t2v,
-    refused,
     spell_as_published,
 )
+from test_convert_refused import refused
 
 from wanjax.convert import Checkpoint, convert, save
 
