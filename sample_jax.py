@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanjax import demo
+from wanjax.command import Parser
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 
@@ -64,14 +65,6 @@ TYPES: dict[str, type] = {
     **dict.fromkeys(("height", "width", "frames", "steps", "seed"), int),
     **dict.fromkeys(("fps", "guidance", "shift"), float),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for bad flags too."""
-
-    def error(self, message: str):
-        """Raise instead of printing the usage."""
-        raise InputError(f"{message}; see --help")
 
 
 def parse(argv: list[str] | None = None) -> SampleConfig:

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import sys
 
+from wanjax.command import Parser
 from wanjax.config import TrainConfig, load_config
 from wanjax.errors import InputError
 
@@ -41,14 +42,6 @@ TYPES: dict[str, type] = {
     **dict.fromkeys(("validate_every", "sample_every"), int),
     "learning_rate": float,
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """One line for bad flags too."""
-
-    def error(self, message: str):
-        """Raise instead of printing the usage."""
-        raise InputError(f"{message}; see --help")
 
 
 def parse(argv: list[str] | None = None) -> tuple[TrainConfig, argparse.Namespace]:

@@ -8,7 +8,6 @@ program) and the compiler's own figures are printed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import runpy
@@ -23,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from sharding import stages
 from sharding.compiled import KINDS, TPU_OPTIONS, TPU_OPTIONS_8_BIT, read, topology_mesh
 from sharding.mesh import AXES, MeshShape, parse_mesh
+from wanjax.command import Parser
 from wanjax.config import DiTConfig, SampleConfig, TrainConfig
 from wanjax.errors import InputError
 
@@ -159,7 +159,7 @@ def load(path: str) -> tuple[SampleConfig | TrainConfig, DiTConfig, dict[str, st
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser("python -m sharding.report", description=__doc__)
+    parser = Parser("python -m sharding.report", description=__doc__)
     parser.add_argument("--config", required=True, help="configs/*.py")
     parser.add_argument("--mesh", help="instead of those the configuration names; without -1")
     parser.add_argument("--compile", metavar="TOPOLOGY", help="such as v6e:2x4: compile for it (needs the aot extra)")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
 
 import jax
 
+from wanjax.command import Parser
 from wanjax.convert.save import convert
 from wanjax.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, 2 for input that cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m wanjax.convert", description=__doc__)
+    parser = Parser(prog="python -m wanjax.convert", description=__doc__)
     parser.add_argument("source", metavar="SRC", help="folder of a Wan2.1 checkpoint, Diffusers or official layout")
     parser.add_argument("target", metavar="DST", help="folder to make; must not be there, or be empty")
     parser.add_argument("--layout", choices=("diffusers", "official"), required=True, help="layout of DST")
@@ -24,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-pth", action="store_true", help="official: .safetensors with the same names for .pth; needs no torch"
     )
-    args = parser.parse_args(arguments)
     try:
-        if not args.max_shard_gb > 0:
+        args = parser.parse_args(arguments)
+        if not 0 < args.max_shard_gb < math.inf:
             raise InputError(f"--max-shard-gb is {args.max_shard_gb}; give a number above 0.")
         if args.flow_shift is not None and not 0 < args.flow_shift < math.inf:
             raise InputError(f"--flow-shift is {args.flow_shift}; give a number above 0.")

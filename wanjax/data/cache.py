@@ -9,7 +9,6 @@ size, tasks, seed or encoders are not those it was made with.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax import conditioning
+from wanjax.command import Parser, check_counts
 from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import Encoded, Pixels, place
@@ -290,14 +290,6 @@ def _write_whole(path: Path, data: bytes) -> None:
     unfinished.rename(path)
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for bad flags too."""
-
-    def error(self, message: str):
-        """Raise instead of printing the usage."""
-        raise InputError(f"{message}; see --help")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = Parser("python -m wanjax.data.cache", description=(__doc__ or "").split("\n\n")[0])
@@ -309,8 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=1, help="that write the same folder")
     parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
     flags = parser.parse_args(argv)
-    if flags.batch < 1:
-        raise InputError(f"--batch {flags.batch}; whole numbers from 1 are accepted; use --batch 8")
+    check_counts(batch=flags.batch, processes=flags.processes)
     if not 0 <= flags.process_id < flags.processes:
         raise InputError(
             f"--process-id {flags.process_id} of --processes {flags.processes}; accepted: 0 to processes - 1; change it"

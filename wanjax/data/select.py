@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from wanjax.command import Parser, check_counts
 from wanjax.data.clip import UnusableClip
 from wanjax.data.contact_sheet import SHEET, Cell, Section, fit, write_sheet
 from wanjax.data.decode import Damaged, decode
@@ -221,15 +222,18 @@ def _end_frames(clips: Videos, index: int) -> tuple[np.ndarray, np.ndarray] | No
 def _limit(text: str) -> Limit:
     name, _, number = text.partition("=")
     try:
-        return name, float(number)
+        value = float(number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: NAME=NUMBER, such as difference=0.1") from None
+        value = math.nan  # with which nothing compares
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: NAME=NUMBER, such as difference=0.1")
+    return name, value
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     doc = __doc__ or ""
     scores = "\n".join(f"  {name:16s} {meaning}" for name, meaning in SCORES.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m wanjax.data.select",
         description=doc,
         epilog=f"scores:\n{scores}\n  and any other column of the input that holds numbers",
@@ -263,9 +267,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; see the module."""
-    args = _parser().parse_args(argv)
     try:
-        select(args)
+        select(_parser().parse_args(argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -280,6 +283,7 @@ def select(args: argparse.Namespace) -> None:
     Raises:
       InputError: an argument or the input is wrong, or no clip is left.
     """
+    check_counts(threads=args.threads)
     criteria = Criteria(args.min, args.max, args.duplicates, args.top, args.bottom)
     place = args.input if args.input.is_dir() else args.input.parent
     out = check_output(args.out or place / "selected.jsonl", MANIFEST)

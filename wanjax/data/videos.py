@@ -24,6 +24,7 @@ from wanjax.errors import InputError
 from wanjax.images import SIZE_STEP
 
 RATIOS = (Fraction(16, 9), Fraction(4, 3), Fraction(1), Fraction(3, 4), Fraction(9, 16))  # width / height
+LARGEST = 4096  # root of the largest area: all sizes up to it are compared
 
 
 class Videos:
@@ -156,12 +157,12 @@ def choose_sizes(area: int, ratios: Sequence[float | Fraction] = RATIOS) -> tupl
     None is larger than the area: what fits into memory at one ratio does so at all.
 
     Raises:
-      InputError: no ratios or impossible ones, or an area of less than one step square.
+      InputError: no ratios or impossible ones, or an area of less than one step square or more than 4096 x 4096.
     """
-    if area < SIZE_STEP**2 or not ratios or min(ratios) <= 0:
+    if not SIZE_STEP**2 <= area <= LARGEST**2 or not ratios or min(ratios) <= 0:
         raise InputError(
             f"an area of {area} pixels, ratios {', '.join(map(str, ratios)) or 'none'}; accepted: an area of "
-            f"{SIZE_STEP}x{SIZE_STEP} or more, ratios above 0; change them"
+            f"{SIZE_STEP}x{SIZE_STEP} to {LARGEST}x{LARGEST}, ratios above 0; change them"
         )
     sides = range(SIZE_STEP, area // SIZE_STEP + 1, SIZE_STEP)
     sizes = np.array([(height, width) for height in sides for width in sides[: area // height // SIZE_STEP]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sharding.mesh import MeshShape
 from sharding.ulysses import check_heads
 from wanjax import conditioning
@@ -63,6 +65,10 @@ def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
         if getattr(config, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {getattr(config, name)}; whole numbers from 1 are accepted; use {flag} 1")
+    if not 0 < config.learning_rate < math.inf:
+        raise InputError(f"--learning-rate {config.learning_rate}; a number above 0 is accepted; 1e-4 is the paper's")
+    if not 0 <= config.seed < 2**31:  # part of the state, as an int32
+        raise InputError(f"--seed {config.seed}; whole numbers from 0 to 2147483647 are accepted; use --seed 0")
     if config.cooldown and config.warmup + config.cooldown > config.steps:
         needed = config.warmup + config.cooldown
         raise InputError(
