@@ -9,12 +9,18 @@ import signal
 import jax
 import numpy as np
 import pytest
+from test_convert import values
 
 import train_jax
+from sharding.mesh import MeshShape, make_mesh
+from wanjax.checkpoint import Checkpoints
 from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig
+from wanjax.convert import Checkpoint
 from wanjax.data import cache
-from wanjax.training import loop
+from wanjax.training import loop, plan
 from wanjax.training import step as steps
+from wanjax.training.export import rounded
+from wanjax.training.state import abstract_state
 
 CLIPS = ShapesData("all", first_seed=0, count=5)
 CONFIG = TrainConfig(
@@ -98,4 +104,20 @@ def test_stopped_and_started_again(configs, compiled, monkeypatch, tmp_path, dat
     assert not (tmp_path / "parts/model").exists()
     monkeypatch.setattr(loop.Log, "write", write)
     np.testing.assert_array_equal(train(tmp_path / "parts"), whole)
-    assert (tmp_path / "parts/model").exists()
+    assert_average_is_exported(tmp_path / "parts")
+
+
+def assert_average_is_exported(workdir):
+    """`model` has the averaged weights of the last checkpoint, and these are not the weights."""
+    with jax.set_mesh(make_mesh(MeshShape(data=8))):
+        checkpoints = Checkpoints(workdir)
+        state, _ = checkpoints.restore(abstract_state(CONFIG, plan.objective(CONFIG)))
+        checkpoints.close()
+    assert int(state.step) == CONFIG.steps
+    exported = Checkpoint(workdir / "model")
+    model = values(exported.load("dit", exported.config("dit")))
+    average, last = (values(rounded(x)) for x in (state.ema, state.model))
+    assert model.keys() == average.keys()
+    for path, x in average.items():
+        np.testing.assert_array_equal(model[path], x.astype(np.float32), err_msg=path)
+    assert any(np.any(model[path] != x.astype(np.float32)) for path, x in last.items())

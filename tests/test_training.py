@@ -158,6 +158,29 @@ def test_learning_rate_rises_and_falls(cooldown):
     assert float(rate(20)) == (0 if cooldown else 1)
 
 
+@pytest.mark.parametrize("start", [0, 100])  # while it forgets faster, and when it does as configured
+def test_the_average_follows_its_formula(mesh, run, start):
+    """ema' = d ema + (1 - d) model', d = min(ema_decay, (1 + n) / (10 + n)) in step n; both begin as one."""
+    step, _, host, batch = run
+    average = [np.float64(x) for x in jax.tree.leaves(host.model)]
+    for ours, wanted in zip(jax.tree.leaves(host.ema), average, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    state = place(host, abstract_state(CONFIG, plan.objective(CONFIG)))
+    state = dataclasses.replace(state, step=jax.device_put(np.int32(start), state.step.sharding))
+    for n in range(start, start + 4):
+        state, _ = step(state, batch)
+        decay = min(0.9, (1 + n) / (10 + n))
+        weights = jax.tree.leaves(jax.device_get(state.model))
+        average = [decay * old + (1 - decay) * np.float64(new) for old, new in zip(average, weights, strict=True)]
+        ours = jax.tree.leaves(jax.device_get(state.ema))
+        for x, wanted in zip(ours, average, strict=True):
+            np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
+        assert max(np.abs(x - new).max() for x, new in zip(ours, weights, strict=True)) > 5e-4  # steps are of 1e-2
+    assert decay == (0.9 if start else 4 / 13)
+    assert state.best is state.ema
+    assert dataclasses.replace(state, ema=None).best is state.model
+
+
 def test_muon_updates_kernels_and_leaves_the_mesh_alone(mesh, run):
     """Every kernel's update is orthogonal: its singular values are about as large as one another."""
     _, _, _host, batch = run
