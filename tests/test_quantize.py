@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +12,18 @@ import pytest
 from flax import nnx
 from test_convert import GOLDEN, assert_same_model
 from test_dit import load, official_inputs, velocity
+from test_sample import OFFICIAL, flags
 
+import sample_jax
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
+from wanjax import pipeline
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.convert import Checkpoint, convert, save
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.ops.quantized import DTYPES, matmul, quantize_weight
-from wanjax.quantize import quantize
+from wanjax.quantize import main, quantize
 from wanjax.training import plan
 
 CASES = [("fp8", None), ("int8", (1, 2))]
@@ -95,6 +100,64 @@ def test_save_and_load(format, layers, tmp_path):
         assert_same_model(Checkpoint(tmp_path / "b").load("dit", model.config), model)
     # Quantised while it is read: the same.
     assert_same_model(base.load("dit", model.config), model)
+
+
+@pytest.mark.parametrize(("layers", "layout", "dtype"), [(None, None, "float32"), ((1, 2), "diffusers", "bfloat16")])
+def test_command(layers, layout, dtype, tmp_path, capsys):
+    """What it writes is the quantised network, and a run takes it as it is."""
+    command = ["--checkpoint", OFFICIAL, "--output", tmp_path / "a", "--format", "int8", "--dtype", dtype]
+    command += (["--layers", "{}:{}".format(*layers)] if layers else []) + (["--layout", layout] if layout else [])
+    main([str(x) for x in command])
+    assert f"{tmp_path / 'a'} has the {layout or 'official'} layout" in capsys.readouterr().out
+    base = Checkpoint(OFFICIAL)
+    model = quantize(base.load("dit", base.config("dit")), "int8", layers)  # from the file's float32 on
+    config = dataclasses.replace(model.config, param_dtype=jnp.dtype(dtype))
+    dtypes = [x.dtype for x in jax.tree.leaves(jax.eval_shape(lambda: DiT(config, nnx.Rngs(0))))]
+    leaves, tree = jax.tree.flatten(model)
+    model = jax.tree.unflatten(tree, [x.astype(kept) for x, kept in zip(leaves, dtypes, strict=True)])
+    written = Checkpoint(tmp_path / "a")
+    plan = pipeline.prepare(sample_jax.parse(flags(OFFICIAL, checkpoint=written.path, dtype=dtype)))
+    assert (plan.dit.quantize, plan.dit.quantized_layers) == ("int8", layers)
+    assert_same_model(written.load("dit", plan.dit), model)
+    run = {"save_latents": tmp_path / "l.npy", "output": tmp_path / "v.npy", "steps": 2, "dtype": dtype}
+    if layers is None:  # `sample_jax.py --quantize` takes all
+        latents = []
+        for changes in ({"checkpoint": written.path}, {"quantize": "int8"}):
+            sample_jax.main(flags(OFFICIAL, **run, **changes))
+            latents.append(np.load(tmp_path / "l.npy"))
+        np.testing.assert_array_equal(*latents)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--layers": "1"}, ["layers '1'", "FIRST:STOP", "--layers 1:39"]),
+        ({"--layers": "-1:2"}, ["--layers"]),
+        ({"--layers": "2:9"}, ["layers (2, 9)", "of 3"]),
+        ({"--format": "int4"}, ["int4", "fp8", "--help"]),
+        ({"--checkpoint": "nowhere"}, ["nowhere is not a folder"]),
+        ({"--output": OFFICIAL}, ["is not empty", "another folder"]),
+        ({"--output": OFFICIAL / "8-bit"}, ["is inside", "outside of it"]),
+    ],
+)
+def test_bad_flags(changes, words, monkeypatch, tmp_path):
+    """Found before anything is read, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Checkpoint, "load", None)
+    values = {"--checkpoint": OFFICIAL, "--output": "a", "--format": "fp8"} | changes
+    with pytest.raises(InputError) as caught:
+        main([str(x) for flag in values.items() for x in flag])
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert list(tmp_path.iterdir()) == []
+    assert not (OFFICIAL / "8-bit").exists()
+
+
+def test_exit_code(tmp_path):
+    command = ["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "a"), "--format", "fp8"]
+    done = subprocess.run([sys.executable, "-m", "wanjax.quantize", *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(("format", "layers"), CASES)

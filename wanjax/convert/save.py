@@ -105,17 +105,25 @@ def _take_part(sources: Mapping[NetworkName, Source]) -> None:
                     read(key)
 
 
-@contextlib.contextmanager
-def _staging(path: Path, base: Checkpoint | None, size: int) -> Iterator[Path]:
-    """A folder beside the target that becomes the target when all went well, and vanishes otherwise."""
+def check_target(path: Path, base: Checkpoint | None) -> None:
+    """Raises `InputError` if `save` would refuse to write the folder."""
     try:
-        target = path.resolve()
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path} exists and is not empty; give another folder or remove it.")
         if os.path.ismount(path):
             raise InputError(f"{path} is where a disk is mounted; give a folder on it.")
-        if base and target.is_relative_to(base.path.resolve()):
+        if base and path.resolve().is_relative_to(base.path.resolve()):
             raise InputError(f"{path} is inside {base.path}, which is being read; give a folder outside of it.")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); give another folder.") from error
+
+
+@contextlib.contextmanager
+def _staging(path: Path, base: Checkpoint | None, size: int) -> Iterator[Path]:
+    """A folder beside the target that becomes the target when all went well, and vanishes otherwise."""
+    check_target(path, base)
+    try:
+        target = path.resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
