@@ -50,7 +50,7 @@ HELP = {
     "attention": "kernel of self-attention; auto: the best exact one; int8fp8: in 8 bits (on GPUs cuDNN's bfloat16)",
     "cache": "run the DiT's blocks at some steps only: off, fixed:K, teacache:T or magcache:T",
     "cfg_cache": "run the unconditional branch at every K-th step of the later part only: off or K",
-    "calibration": "file made by python -m wanjax.calibrate, for teacache and magcache",
+    "calibration": "file made by python -m wanjax.calibrate, for teacache, magcache and cfg-cache",
     "compile_cache": "folder of compiled programs, or off (default: WANJAX_COMPILE_CACHE, or the user's cache)",
     "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
 }

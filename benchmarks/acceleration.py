@@ -45,8 +45,8 @@ from wanjax.training.evaluate import ssim
 
 CALIBRATED = 4  # clips
 SETTINGS = """rows to measure beside plain and fast, separated by commas; of a row, joined by +: fixed:K, teacache:T,
-magcache:T, cfg:K or cfg:K@SHARE (of the first steps, that always run both branches), int8, fp8, bfloat16, float32,
-attention:KERNEL"""
+magcache:T, cfg:K or cfg:K@SHARE (of the first steps, that always run both branches; without it, by the calibration),
+int8, fp8, bfloat16, float32, attention:KERNEL"""
 
 
 class Measured(NamedTuple):

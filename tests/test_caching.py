@@ -1,5 +1,6 @@
 """Caches: which steps run the network, what they reuse, and that a switch that is off leaves no trace."""
 
+import dataclasses
 import functools
 import math
 
@@ -225,6 +226,29 @@ def test_cfg_cache(cache, k):
     expected, count, _ = reference(fresh, k, 1.0 if "teacache" in cache else None)
     assert evaluations == count < run(rules_of(cache))[1]
     close(latents, expected)
+
+
+@pytest.mark.parametrize(
+    ("cache", "k", "changes", "first"),
+    [
+        ("off", 2, (0.05, 0.01, 0.04, 0.02, 0.02, 0.01, 0.01, 0.01, 0.01), 4),  # times guidance - 1, at most 0.1
+        ("off", 4, (0.05, 0.01, 0.04, 0.02, 0.02, 0.01, 0.01, 0.01, 0.01), 8),  # three steps' changes together
+        ("fixed:2", 2, (0.05, 0.01, 0.04, 0.02, 0.02, 0.01, 0.01, 0.01, 0.01), 5),  # two steps'; 4 is the last harmful
+        ("off", 2, (0.0,) * 9, 1),  # nothing to restore from at the first step
+        ("off", 2, (0.0,) * 8 + (0.05,), STEPS),
+    ],
+)
+def test_cfg_cache_starts_where_it_does_no_harm(cache, k, changes, first):
+    rules = rules_of(cache, str(k), dataclasses.replace(CALIBRATION, difference_change=changes))
+    assert np.flatnonzero(rules.late).tolist() == list(range(first, STEPS))
+    if k == 4:
+        assert run(rules)[1] == 8 + 2 * 0.5
+    # Twice as many steps, half the changes between them; and guidance decides.
+    calibration = dataclasses.replace(CALIBRATION, difference_change=changes)
+    sigmas = np.interp(np.arange(2 * STEPS - 1) / 2, np.arange(STEPS), CALIBRATION.sigmas)
+    if (cache, k) == ("off", 2):
+        assert caching.cfg_start(calibration, sigmas, 2 * GUIDANCE - 1, k) == 2 * first - 1
+    assert caching.cfg_start(calibration, sigmas, 1.001, k) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ exactness

@@ -1,5 +1,6 @@
 """The calibration command: what it measures, what its file is valid for, and the caches that use it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_caching import NETWORK
+from test_caching import GUIDANCE, NETWORK, SCHEDULE, inputs, network
 from test_sample import DIFFUSERS, flags, refused
 
 import sample_jax
 from sharding import stages
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import calibrate, calibration, pipeline
-from wanjax.caching import magnitude_schedule
+from wanjax import caching, calibrate, calibration, pipeline, solvers
+from wanjax.caching import Rules, magnitude_schedule
 from wanjax.config import SampleConfig
 from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
@@ -60,8 +61,75 @@ def test_measures_what_the_caches_need(measured):
         "teacache": lambda t: calibrate.change_schedule(np.maximum(foretold, 0), t),
         "magcache": lambda t: magnitude_schedule(ratios, t),
     }
+    assert c.thresholds.keys() == halves.keys()
     for kind, threshold in c.thresholds.items():
         assert halves[kind](threshold).sum() <= STEPS / 2 < halves[kind](threshold * 0.97).sum()
+    # With guidance also what the CFG cache needs.
+    assert len(c.difference_change) == STEPS - 1
+    assert min(c.difference_change) > 0
+
+
+def test_the_report_says_which_steps_run(measured):
+    c = calibration.read(str(measured))
+    head, *rows = calibrate.report(c).splitlines()
+    table, suggestions = rows[:STEPS], rows[STEPS:]
+    assert [row.split()[0] for row in table] == [str(i) for i in range(STEPS)]
+    assert head.split()[-3:] == ["error", "teacache", "magcache"]
+    assert table[3].split()[5] == f"{(c.guidance - 1) * c.difference_change[2]:.4f}"
+    for column, (kind, schedule) in enumerate(calibrate.schedules(c).items()):
+        ran = np.flatnonzero(schedule(c.thresholds[kind])).tolist()
+        assert [i for i, row in enumerate(table) if row.split()[column - 2] == "runs"] == ran
+        steps = " ".join(map(str, ran))
+        assert f"half of the steps: --cache {kind}:{c.thresholds[kind]:g} runs steps {steps}" in suggestions
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [((0.2, 0.2, 0.01, 0.01, 0.01), "--cfg-cache 2 from step 3 of 6 on (50%)"), ((0.2,) * 5, "--cfg-cache 2 nowhere")],
+)
+def test_the_report_says_where_the_cfg_cache_starts(measured, changes, words):
+    c = calibration.read(str(measured))
+    assert words in calibrate.report(dataclasses.replace(c, difference_change=changes))
+
+
+def test_without_guidance(tmp_path, capsys):
+    """Nothing about the CFG cache; and files from before it was measured are read, as if there had been none."""
+    calibrate.main([*command(output=tmp_path / "c.json"), "--guidance", "1", "--steps", "3"])
+    out = capsys.readouterr().out
+    assert "guided error" not in out
+    assert "runs steps 0" in out
+    values = json.loads((tmp_path / "c.json").read_text())
+    assert values["difference_change"] == []
+    before = {name: x for name, x in values.items() if name != "difference_change"}
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    assert calibration.read(str(tmp_path / "before.json")) == calibration.read(str(tmp_path / "c.json"))
+
+
+def test_the_error_of_the_restored_branch_is_the_one_measured():
+    """What the CFG cache does to the guided velocity, one step after both branches ran."""
+    rules = Rules(None, None, None, every=np.int32(2), late=jnp.ones(STEPS, bool))
+    dit = network()
+    noise, control, text, image = inputs(2)
+    context, schedule = dit.context(text, image), jax.tree.map(jnp.asarray, SCHEDULE)
+
+    @jax.jit
+    def velocities(i, sample, cache):
+        tokens = dit.embed(caching.latents(sample, control), schedule.timesteps[i][None])
+        velocity, after = caching.predict(dit, rules._replace(late=~rules.late), i, tokens, context, cache)
+        restored, _ = caching.predict(dit, rules, i, tokens, context, cache)
+        return velocity, restored, after
+
+    state, kept, cache = solvers.init(noise), None, caching.init(dit, rules, noise, control, 2)
+    for i in range(4):
+        velocity, restored, cache = velocities(i, state.sample, cache)
+        # The state is given away.
+        state, kept, change = calibrate.measured_step(
+            dit, schedule, jax.tree.map(jnp.copy, state), kept, control, context, GUIDANCE, i
+        )
+        if i:
+            error = jnp.abs(caching.guided(restored, GUIDANCE) - caching.guided(velocity, GUIDANCE)).mean()
+            foretold = (GUIDANCE - 1) * change.difference * jnp.abs(velocity[0]).mean()
+            np.testing.assert_allclose(error, foretold, rtol=1e-4)
 
 
 def test_a_run_takes_the_file(measured, tmp_path, capsys):
@@ -106,6 +174,7 @@ def test_refused_for_another_run(measured, tmp_path):
         (lambda v: v | {"sigmas": v["sigmas"][::-1]}, ["cannot be used"]),
         (lambda v: v | {"polynomial": []}, ["cannot be used"]),
         (lambda v: v | {"input_change": [float("nan")] * (STEPS - 1)}, ["cannot be used"]),
+        (lambda v: v | {"difference_change": [0.1]}, ["cannot be used"]),
         (lambda v: v | {"format": "2"}, ["cannot be used"]),
         (lambda v: {"format": v["format"]}, ["cannot be used"]),
         (lambda v: [1], ["cannot be used"]),
@@ -163,4 +232,4 @@ def test_fits_on_a_mesh():
             after, kept, change = jax.eval_shape(calibrate.measured_step, *arguments)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
         assert kept.residual.shape == (2, 36, NETWORK.dim)
-        assert [x.shape for x in change] == [(), (), ()]
+        assert [x.shape for x in change] == [(), (), (), ()]

@@ -14,7 +14,8 @@ The step cache (`--cache`) keeps the residual of the whole block stack, `blocks(
 
 The CFG cache (`--cfg-cache k`) runs the unconditional branch, in the later part of sampling, at every k-th of the steps
 that run the blocks; between, its velocity is the conditional one's plus their difference when it last ran
-(FasterCache, arXiv 2410.19355).
+(FasterCache, arXiv 2410.19355). With guidance g, the guided velocity then is wrong by g - 1 times what the difference
+has changed since; a calibration says from which step on that stays below `HARMLESS`.
 
 Everything happens inside the jitted loop: the rules and what is kept are arrays, the choice is a `lax.switch`, so what
 is left out is not computed. What the rules do not need is None in both, and the program has no trace of it.
@@ -42,7 +43,8 @@ FAST = {"cache": "fixed:2", "cfg_cache": "2"}
 
 RETAINED = 0.2  # share of the first steps that magcache leaves alone, as published
 SKIPS = 4  # that it makes in a row
-GUIDED = 0.4  # share of the first steps in which both branches of guidance are always run
+GUIDED = 0.4  # share of the first steps in which both branches of guidance are always run, unless it is measured
+HARMLESS = 0.1  # error of the guided velocity, relative to the conditional one, that the CFG cache may make at a step
 ACCEPTED = "accepted: off, fixed:K (K steps, 1 or more), teacache:T, magcache:T (T above 0)"
 
 
@@ -120,7 +122,7 @@ def make_rules(
     Args:
       config: its switches; its checkpoint is named in errors.
       schedule: the solver's.
-      calibration: of this checkpoint and schedule; teacache and magcache need one.
+      calibration: of this checkpoint and schedule; teacache and magcache need one, the CFG cache starts by it.
 
     Raises:
       InputError: a switch cannot be read, or needs a calibration.
@@ -141,10 +143,34 @@ def make_rules(
     elif kind == "magcache" and calibration is not None:
         fresh = magnitude_schedule(calibration.ratios(schedule.sigmas[:-1]), number)
     if every > 1:
-        late = np.arange(steps) >= math.ceil(GUIDED * steps)
+        start = math.ceil(GUIDED * steps)
+        if calibration is not None and calibration.difference_change:
+            ran = fresh if threshold is None else None
+            start = cfg_start(calibration, schedule.sigmas[:-1], config.guidance, every, ran)
+        late = np.arange(steps) >= start
     if fresh is None and late is None:
         return None
     return Rules(fresh, threshold, polynomial, np.int32(every) if late is not None else None, late)
+
+
+def cfg_start(
+    calibration: Calibration, sigmas: np.ndarray, guidance: float, every: int, fresh: np.ndarray | None = None
+) -> int:
+    """The first step from which on no step's restored branch would be wrong by more than `HARMLESS`; n: there is none.
+
+    Args:
+      calibration: measured with guidance.
+      sigmas: `[n]`, of the steps.
+      guidance: of the run.
+      every: the CFG cache's k: the difference is at most k - 1 evaluations old.
+      fresh: `[n]` bool, the steps that run the blocks; None: all.
+    """
+    ran = np.arange(len(sigmas)) if fresh is None else np.flatnonzero(fresh)
+    way = calibration.difference(sigmas)[ran]
+    before = way[np.maximum(np.arange(len(ran)) - (every - 1), 0)]
+    harmful = abs(guidance - 1) * (way - before) > HARMLESS
+    harmful[0] = True  # there is no difference yet
+    return int(ran[harmful][-1]) + 1
 
 
 def magnitude_schedule(ratios: np.ndarray, threshold: float) -> np.ndarray:

@@ -6,7 +6,8 @@
 
 A line of --prompts is a prompt, or a JSON object of settings such as {"prompt": "..", "first_frame": "a.png",
 "last_frame": "b.png"}; without the file, the settings' own prompt is measured. Each is one plain run without a decoder.
-Prints a table, and for each cache the threshold that would have run the blocks in about half of the steps.
+Prints a table, for each cache the threshold that would have run the blocks in about half of the steps, and which these
+are; and with guidance above 1 from which step on the CFG cache would do no harm, which it then goes by.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from sharding.compiled import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
 from wanjax import caching, media, pipeline, solvers
 from wanjax.calibration import Calibration, calibrated_for
+from wanjax.command import Parser
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT
@@ -44,27 +46,25 @@ FLAGS: dict[str, type] = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for bad flags too."""
-
-    def error(self, message: str):
-        """Raise instead of printing the usage."""
-        raise InputError(f"{message}; see --help")
-
-
 class Kept(NamedTuple):
-    """Of the step before: the first block's modulated input `[1, l, e]` and the residual `[branches, l, e]`."""
+    """Of the step before: the first block's modulated input `[1, l, e]`, the residual `[branches, l, e]` and, with
+    guidance, the unconditional less the conditional velocity `[1, f, h, w, c]`.
+    """
 
     first_input: jax.Array
     residual: jax.Array
+    difference: jax.Array | None
 
 
 class Change(NamedTuple):
-    """From a step to the next, scalars: relative L1 changes of both, and the logarithm of the residual's growth."""
+    """From a step to the next, scalars: relative L1 changes of the first two of `Kept`, the logarithm of the residual's
+    growth, and with guidance the L1 change of the third, relative to the conditional velocity.
+    """
 
     first_input: jax.Array
     residual: jax.Array
     growth: jax.Array
+    difference: jax.Array | None
 
 
 @functools.partial(jax.jit, donate_argnames=("state", "kept"))
@@ -82,7 +82,8 @@ def measured_step(
     timestep = jnp.asarray(schedule.timesteps)[i][None]
     tokens = dit.embed(caching.latents(state.sample, control), timestep)
     velocity, residual = caching.evaluate(dit, tokens, context, context.k.shape[1])
-    now = Kept(dit.first_input(tokens), residual)
+    difference = velocity[1:] - velocity[:1] if len(velocity) == 2 else None
+    now = Kept(dit.first_input(tokens), residual, difference)
     change = None
     if kept is not None:
         length = tokens.rotation.length
@@ -90,8 +91,14 @@ def measured_step(
             caching.relative_change(now.first_input, kept.first_input, length),
             caching.relative_change(residual, kept.residual, length),
             growth(residual, kept.residual, length),
+            moved(difference, kept.difference, velocity[:1]),
         )
     return solvers.step(schedule, i, state, caching.guided(velocity, guidance)), now, change
+
+
+def moved(x: jax.Array | None, before: jax.Array | None, velocity: jax.Array) -> jax.Array | None:
+    """Mean of |x - before| over that of the conditional |velocity|, all `[1, f, h, w, c]`; None without guidance."""
+    return None if x is None or before is None else jnp.abs(x - before).mean() / jnp.abs(velocity).mean()
 
 
 def growth(x: jax.Array, before: jax.Array, length: int) -> jax.Array:
@@ -102,7 +109,7 @@ def growth(x: jax.Array, before: jax.Array, length: int) -> jax.Array:
 
 
 def measure(plan: pipeline.Plan) -> np.ndarray:
-    """One plain run without decoding: `[steps - 1, 3]`, the numbers of `Change` from each step to the next."""
+    """One plain run without decoding: `[steps - 1, k]`, those numbers of `Change` that there are, a row a step."""
     with pipeline.placed(plan):
         conditions, _ = pipeline.encode(plan, {})
         dit, context = pipeline.load_dit(plan, conditions)
@@ -111,7 +118,7 @@ def measure(plan: pipeline.Plan) -> np.ndarray:
         for i in tqdm(range(plan.config.steps), desc="measure   ", dynamic_ncols=True):
             state, kept, change = plan.programs(measured_step, dit, plan.schedule, state, kept, *inputs, i)
             changes.append(jax.block_until_ready(change))  # so that the progress bar tells the truth
-    return np.asarray([[float(x) for x in change] for change in changes[1:]])
+    return np.asarray([[float(x) for x in jax.tree.leaves(change)] for change in changes[1:]])
 
 
 def calibrate(configs: list[SampleConfig]) -> Calibration:
@@ -124,10 +131,10 @@ def calibrate(configs: list[SampleConfig]) -> Calibration:
     plan, config = plans[0], configs[0]
     if config.steps < 3:
         raise InputError(f"{config.steps} steps to measure; 3 or more are needed; use those that you sample with")
-    changes = np.mean([measure(plan) for plan in plans], axis=0)  # [steps - 1, 3]
+    changes = np.mean([measure(plan) for plan in plans], axis=0)  # [steps - 1, k]
     if not np.isfinite(changes).all():
         raise InputError("the network's output became NaN or infinite; finite weights are needed; try --dtype float32")
-    inputs, residuals, growths = changes.T
+    inputs, residuals, growths, *differences = changes.T
     calibration = Calibration(
         **calibrated_for(config, plan.checkpoint, plan.loras, plan.task, plan.shift),
         steps=config.steps,
@@ -142,6 +149,7 @@ def calibrate(configs: list[SampleConfig]) -> Calibration:
         residual_change=_floats(residuals),
         polynomial=_floats(fit(inputs, residuals)),
         thresholds={},
+        difference_change=_floats(differences[0]) if differences else (),
     )
     return dataclasses.replace(calibration, thresholds=halving(calibration))
 
@@ -154,15 +162,22 @@ def fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def halving(calibration: Calibration) -> dict[str, float]:
     """For teacache and magcache: the least thresholds, to 1%, that run the blocks in no more than half of the steps."""
+    tried = np.geomspace(1e-4, 1e2, 1400)
+    found = {
+        kind: next((t for t in tried if schedule(t).sum() <= calibration.steps / 2), None)
+        for kind, schedule in schedules(calibration).items()
+    }
+    return {kind: float(f"{t:.5g}") for kind, t in found.items() if t is not None}
+
+
+def schedules(calibration: Calibration) -> dict[str, Callable[[float], np.ndarray]]:
+    """For teacache and magcache: given a threshold, at which of the steps measured the blocks would run, bool `[n]`."""
     foretold = np.maximum(np.polyval(calibration.polynomial, calibration.input_change), 0)
     ratios = calibration.ratios(np.asarray(calibration.sigmas))
-    runs: dict[str, Callable[[float], int]] = {
-        "teacache": lambda t: int(change_schedule(foretold, t).sum()),
-        "magcache": lambda t: int(caching.magnitude_schedule(ratios, t).sum()),
+    return {
+        "teacache": functools.partial(change_schedule, foretold),
+        "magcache": functools.partial(caching.magnitude_schedule, ratios),
     }
-    tried = np.geomspace(1e-4, 1e2, 1400)
-    found = {kind: next((t for t in tried if run(t) <= calibration.steps / 2), None) for kind, run in runs.items()}
-    return {kind: round(float(t), 5) for kind, t in found.items() if t is not None}
 
 
 def change_schedule(changes: np.ndarray, threshold: float) -> np.ndarray:
@@ -206,13 +221,30 @@ def _floats(values: np.ndarray) -> tuple[float, ...]:
 
 def report(calibration: Calibration) -> str:
     """A table of the measurements, and what to do with them."""
-    rows = zip(calibration.sigmas[1:], calibration.input_change, calibration.residual_change, strict=True)
-    ratios = calibration.ratios(np.asarray(calibration.sigmas))[1:]
-    lines = [f"{'step':>4} {'sigma':>7} {'input change':>12} {'residual change':>15} {'growth':>7}"]
-    for i, ((sigma, inputs, residual), ratio) in enumerate(zip(rows, ratios, strict=True), start=1):
-        lines.append(f"{i:4} {sigma:7.4f} {inputs:12.4f} {residual:15.4f} {ratio:7.4f}")
-    lines += [f"half of the steps: --cache {kind}:{threshold:g}" for kind, threshold in calibration.thresholds.items()]
+    ran = {kind: schedules(calibration)[kind](t) for kind, t in calibration.thresholds.items()}
+    columns = {"input change": calibration.input_change, "residual change": calibration.residual_change}
+    columns["growth"] = _floats(calibration.ratios(np.asarray(calibration.sigmas))[1:])
+    if calibration.difference_change:
+        columns["guided error"] = _floats(abs(calibration.guidance - 1) * np.asarray(calibration.difference_change))
+    lines = [" ".join(["step   sigma", *columns, *ran])]
+    for i, sigma in enumerate(calibration.sigmas):
+        changes = [f"{f'{x[i - 1]:.4f}' if i else '-':>{len(name)}}" for name, x in columns.items()]
+        marks = [f"{'runs' if fresh[i] else '-':>{len(kind)}}" for kind, fresh in ran.items()]
+        lines.append(" ".join([f"{i:4} {sigma:7.4f}", *changes, *marks]))
+    for kind, fresh in ran.items():
+        steps = " ".join(map(str, np.flatnonzero(fresh)))
+        lines.append(f"half of the steps: --cache {kind}:{calibration.thresholds[kind]:g} runs steps {steps}")
+    if calibration.difference_change:
+        lines += [start_of_cfg_cache(calibration, every) for every in (2, 4)]
     return "\n".join(lines)
+
+
+def start_of_cfg_cache(calibration: Calibration, every: int) -> str:
+    """What `--cfg-cache` would do with the steps and the guidance measured."""
+    n = calibration.steps
+    start = caching.cfg_start(calibration, np.asarray(calibration.sigmas), calibration.guidance, every)
+    where = f"from step {start} of {n} on ({start / n:.0%})" if start < n else "nowhere: leave it out"
+    return f"guided error up to {caching.HARMLESS:g}: --cfg-cache {every} {where}"
 
 
 def main(argv: list[str] | None = None) -> None:

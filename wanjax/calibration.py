@@ -38,6 +38,8 @@ class Calibration:
       modulated input and of the residual.
     polynomial: maps the first to the second; coefficients, highest first.
     thresholds: for teacache and magcache: thresholds that run the blocks in about half of the steps measured.
+    difference_change: `[steps - 1]`: L1 changes, from each step to the next, of the unconditional less the conditional
+      velocity, relative to the conditional one; empty if measured without guidance.
     """
 
     weights: str
@@ -58,11 +60,17 @@ class Calibration:
     polynomial: tuple[float, ...]
     thresholds: dict[str, float]
     format: str = FORMAT
+    difference_change: tuple[float, ...] = ()
 
     def ratios(self, sigmas: np.ndarray) -> np.ndarray:
         """The residual's magnitude at each of `sigmas` `[n]` (falling) over that at the one before; the first is 1."""
         curve = np.interp(-np.asarray(sigmas, np.float64), -np.asarray(self.sigmas), self.magnitude)  # [n]
         return np.exp(np.diff(curve, prepend=curve[:1]))
+
+    def difference(self, sigmas: np.ndarray) -> np.ndarray:
+        """How far the branches' difference has come at each of `sigmas` `[n]`: its changes from the start, added up."""
+        way = np.cumsum([0, *self.difference_change])
+        return np.interp(-np.asarray(sigmas, np.float64), -np.asarray(self.sigmas), way)
 
     def check(self, path: str, run: dict[str, Any]) -> None:
         """Raises `InputError` if a run differs in one of `MUST_AGREE`; `path` is for the message."""
@@ -94,9 +102,11 @@ def read(path: str) -> Calibration:
         values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
         calibration = Calibration(**values)
         curves = (calibration.magnitude, calibration.sigmas, (0.0, *calibration.input_change))
-        numbers = np.asarray([*curves, (0.0, *calibration.residual_change)], np.float64)  # equally long, and numbers
+        differences = calibration.difference_change or calibration.residual_change
+        changes = ((0.0, *calibration.residual_change), (0.0, *differences))
+        numbers = np.asarray([*curves, *changes], np.float64)  # equally long, and numbers
         coefficients = np.asarray(calibration.polynomial, np.float64)
-        whole = numbers.shape == (4, calibration.steps) and coefficients.ndim == 1 and coefficients.size > 0
+        whole = numbers.shape == (5, calibration.steps) and coefficients.ndim == 1 and coefficients.size > 0
         whole = whole and np.isfinite(numbers).all() and np.isfinite(coefficients).all()
         whole = bool(whole) and bool(np.all(np.diff(numbers[1]) < 0)) and calibration.format == FORMAT
     except OSError as error:
