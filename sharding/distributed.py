@@ -102,15 +102,7 @@ def initialize(
     settings: Any = {"initialization_timeout": connect_seconds, "heartbeat_timeout_seconds": heartbeat_seconds}
     place = read_processes(coordinator, count, index)
     if place is None:
-        try:
-            jax.distributed.initialize(**settings)
-        except ValueError as error:  # JAX found no cluster, and says so by the first thing it misses
-            if "coordinator_address should be defined" not in str(error):
-                raise
-        except RuntimeError as error:  # devices are in use: one process has begun to work, and others cannot join it
-            if "must be called before" not in str(error):
-                raise
-        else:
+        if _join_cluster(settings):
             _speak_last(heartbeat_seconds)
         return
     if place.processes == 1:
@@ -155,6 +147,21 @@ def leave(code: int) -> NoReturn:
 def is_main() -> bool:
     """Whether this is the process that prints and writes what is printed and written once."""
     return jax.process_index() == 0
+
+
+def _join_cluster(settings: dict[str, Any]) -> bool:
+    """Join the processes that a cluster manager knows of; False if there is none, and this process works alone."""
+    try:
+        jax.distributed.initialize(**settings)
+    except ValueError as error:  # JAX found no cluster, and says so by the first thing it misses
+        if "coordinator_address should be defined" not in str(error):
+            raise
+    except RuntimeError as error:  # devices are in use: one process has begun to work, and others cannot join it
+        if "must be called before" not in str(error):
+            raise
+    else:
+        return True
+    return False
 
 
 def _speak_last(heartbeat_seconds: int) -> None:

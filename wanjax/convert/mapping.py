@@ -235,20 +235,7 @@ def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape]
     Raises:
       InputError: a tensor is unknown, missing, there under two names, or has another shape than the network.
     """
-    matched: dict[str, str] = {}
-    unknown = []
-    for key in found:
-        name = table.first_name(key)
-        if table.is_unused(name):
-            continue
-        if name != table.bare_name(key) and any(table.bare_name(other) == name for other in found):
-            continue  # an alias, and the tensor is there under its first name too
-        if name not in entries:
-            unknown.append(key)
-        elif name in matched:
-            raise InputError(f"{where} has the tensor {name} twice, as {matched[name]} and as {key}; remove one.")
-        else:
-            matched[name] = key
+    matched, unknown = _by_name(table, entries, found, where)
     missing = [name for name in entries if name not in matched]
     faults = [f"has {some(unknown, 'unknown tensor')}"] if unknown else []
     faults += [f"lacks {some(missing, 'tensor')}"] if missing else []
@@ -266,6 +253,27 @@ def match(table: Table, entries: Mapping[str, Entry], found: Mapping[str, Shape]
             f"{where} has {some(wrong, 'tensor')} of another shape than its configuration says; download both."
         )
     return {key: entries[name] for name, key in matched.items()}
+
+
+def _by_name(
+    table: Table, entries: Mapping[str, Entry], found: Iterable[str], where: str
+) -> tuple[dict[str, str], list[str]]:
+    """The checkpoint's name of every tensor of the table that it has, by its name there; and names it does not know."""
+    matched: dict[str, str] = {}
+    unknown = []
+    for key in found:
+        name = table.first_name(key)
+        if table.is_unused(name):
+            continue
+        if name != table.bare_name(key) and any(table.bare_name(other) == name for other in found):
+            continue  # an alias, and the tensor is there under its first name too
+        if name not in entries:
+            unknown.append(key)
+        elif name in matched:
+            raise InputError(f"{where} has the tensor {name} twice, as {matched[name]} and as {key}; remove one.")
+        else:
+            matched[name] = key
+    return matched, unknown
 
 
 def some(items: list[str], noun: str, limit: int = 5) -> str:

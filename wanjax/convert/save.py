@@ -67,13 +67,8 @@ def save(
     Raises:
       InputError: `path` cannot be written, torch is missing, or `base` is not sound. All of it before the work.
     """
-    has_torch = importlib.util.find_spec("torch") is not None
-    if pth and not has_torch and layout == "official":
-        raise InputError("Writing .pth needs torch: pip install 'wanjax[torch]', or choose .safetensors instead.")
-    pth = has_torch if pth is None else pth
+    pth = _writes_pth(layout, pth)
     sources = make_sources(models, base, layout)
-    if not sources:
-        raise InputError("There is no network to write; give a model or a checkpoint.")
     if not models or jax.process_index() == 0:  # a conversion needs no devices, and does not wake them
         with _staging(Path(path), base, sum(i.size for s in sources.values() for i in s.infos.values())) as folder:
             _Writer(folder, layout, sources, base, say).write(flow_shift, max_shard_bytes, pth)
@@ -94,6 +89,18 @@ def convert(source: str | Path, target: str | Path, layout: LayoutName, **option
     if base.layout == layout:
         raise InputError(f"{source} has the {layout} layout already; nothing to convert.")
     save(target, layout, {}, base=base, **options)
+
+
+def _writes_pth(layout: LayoutName, asked: bool | None) -> bool:
+    """Whether .pth files are written as such: as asked, or if torch is there.
+
+    Raises:
+      InputError: asked for without torch.
+    """
+    has_torch = importlib.util.find_spec("torch") is not None
+    if asked and not has_torch and layout == "official":
+        raise InputError("Writing .pth needs torch: pip install 'wanjax[torch]', or choose .safetensors instead.")
+    return has_torch if asked is None else asked
 
 
 def _take_part(sources: Mapping[NetworkName, Source]) -> None:

@@ -177,7 +177,11 @@ def _same_bits(x: np.ndarray, y: np.ndarray, chunk: int = 2**25) -> bool:
 def make_sources(
     models: Mapping[NetworkName, Any], base: Checkpoint | None, layout: LayoutName
 ) -> dict[NetworkName, Source]:
-    """Where each network to be written comes from: `models`, and for those that are not there `base`."""
+    """Where each network to be written comes from: `models`, and for those that are not there `base`.
+
+    Raises:
+      InputError: neither has any.
+    """
     sources: dict[NetworkName, Source] = {}
     for name in NETWORKS:
         if name in models:
@@ -185,4 +189,6 @@ def make_sources(
         elif base and base.has(name):
             same = base.layout == layout
             sources[name] = CopySource(name, base) if same else ConvertSource(name, base, layout)
+    if not sources:
+        raise InputError("There is no network to write; give a model or a checkpoint.")
     return sources
