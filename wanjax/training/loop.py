@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,39 +39,27 @@ def train(
     checkpoints: Checkpoints,
     validation: Validation | None = None,
 ) -> tuple[TrainState, bool]:
-    """Train until `config.steps`, or until the run is told to stop; the state is on disk when this returns.
+    """Train until `config.steps` or SIGTERM: the state, which is then on disk, and whether the last step was reached.
 
     Args:
-      config: of the run.
-      objective: what it trains.
-      state: to go on from; its memory is reused.
-      batches: at the state's position.
-      checkpoints: of the run.
+      config, objective, checkpoints: of the run.
+      state, batches: to go on from, at the same position; the state's memory is reused.
       validation: on held-out clips, from time to time; None: never.
-
-    Returns:
-      The state, and whether the last step was reached; False after SIGTERM.
 
     Raises:
       NonFiniteError: loss or gradients are not finite; checkpoints stay as they were.
     """
-    step, position, stopped = int(state.step), batches.position, False
+    step, position = int(state.step), batches.position
     train_step, meter = make_step(config, objective), Meter(objective, frozen=config.lora is not None)
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_main())
     with bar, Log(Path(config.workdir or "."), step) as log, meter, stop_requested() as stop:
-        batch = next(batches) if step < config.steps else None
-        while step < config.steps and not (stopped := stop(step)):
-            meter.start(batch)
-            state, metrics = train_step(state, batch)
-            position, step = batches.position, step + 1
-            meter.computing(metrics)
-            batch = next(batches) if step < config.steps else None  # while the devices compute
-            meter.fetched()
-            values = jax.device_get(metrics)
-            measured = meter.stop()
+        coming = itertools.islice(batches, max(config.steps - step, 0))
+        batch = next(coming, None)
+        while step < config.steps and not stop(step):
+            position, step = batches.position, step + 1  # before the next batch is made
+            state, values, measured, batch = _measured_step(train_step, meter, state, batch, coming)
             if not values.finite:
-                names = batches.names(position - 1)  # those behind it are made already
-                raise NonFiniteError(_non_finite(step, values, checkpoints.latest, names))
+                raise NonFiniteError(_non_finite(step, values, checkpoints.latest, batches.names(position - 1)))
             bar.set_postfix_str(f"loss {values.loss:.4f}, {meter}")
             bar.update()
             measured |= validation(step, state.best, log) if validation else {}
@@ -79,7 +68,24 @@ def train(
                 checkpoints.save(state, position)
         checkpoints.save(state, position)
         checkpoints.wait()
-    return state, not stopped
+    return state, step >= config.steps
+
+
+def _measured_step(
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    meter: Meter,
+    state: TrainState,
+    batch: Any,
+    coming: Iterator[Any],
+) -> tuple[TrainState, Any, dict[str, float], Any]:
+    """A step on `batch`: state, metrics on the host, what was measured, and the next of the coming batches, if any."""
+    meter.start(batch)
+    state, metrics = train_step(state, batch)
+    meter.computing(metrics)
+    batch = next(coming, None)  # while the devices compute
+    meter.fetched()
+    values = jax.device_get(metrics)
+    return state, values, meter.stop(), batch
 
 
 def _non_finite(step: int, values: Any, saved: int | None, names: list[str]) -> str:
