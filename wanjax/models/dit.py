@@ -279,12 +279,9 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
-        k, v, k_image, v_image = (None if x is None else x.swapaxes(1, 2) for x in context)  # [b, l, n, d]
-        assert k is not None
-        assert v is not None
-        y = local_attention(q, k, v)
-        if k_image is not None and v_image is not None:
-            y = y + local_attention(q, k_image, v_image)
+        y = local_attention(q, context.k.swapaxes(1, 2), context.v.swapaxes(1, 2))  # [b, l, n, d]
+        if context.k_image is not None and context.v_image is not None:
+            y = y + local_attention(q, context.k_image.swapaxes(1, 2), context.v_image.swapaxes(1, 2))
         return self.o(y.reshape(x.shape))  # [b, l, e]
 
 
