@@ -9,12 +9,22 @@ On several hosts run it on each: TPU pods and Slurm need no more, others --coord
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wanjax.command import Parser
 from wanjax.config import TrainConfig, load_config
 from wanjax.errors import InputError
+
+if TYPE_CHECKING:
+    from sharding.mesh import MeshShape
+    from wanjax.checkpoint import Checkpoints
+    from wanjax.training.objective import Objective
+    from wanjax.training.state import TrainState
 
 HELP = {
     "workdir": "folder for checkpoints, metrics and samples",
@@ -69,12 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     from sharding import distributed
     from sharding.compiled import use_tpu_options
     from sharding.mesh import make_mesh, parse_mesh
-    from wanjax.checkpoint import Checkpoints
     from wanjax.data.batch import Batches
     from wanjax.data.sources import open_data
     from wanjax.training import loop, plan, validation
     from wanjax.training.export import export
-    from wanjax.training.state import abstract_state, init_state, resumed
 
     # ---- processes, before anything asks for a device
     use_tpu_options()
@@ -84,43 +92,76 @@ def main(argv: list[str] | None = None) -> None:
     shape = parse_mesh(config.mesh, jax.device_count())
     objective = plan.objective(config)
     plan.check(config, objective, shape)
-    assert config.workdir is not None
     with jax.set_mesh(make_mesh(shape)):
         # ---- state: of the newest checkpoint, or of the beginning
-        checkpoints = Checkpoints(config.workdir, config.keep)
-        if checkpoints.latest is None:
-            state, position = init_state(config, objective), 0
-        else:
-            state, position = checkpoints.restore(abstract_state(config, objective))
-            state = resumed(config, objective, state)
-        if distributed.is_main():
-            size = sum(x.size for x in jax.tree.leaves(state.model))
-            what = type(objective).__name__
-            print(f"{what}, {size:,} parameters on {jax.device_count()} devices ({shape}), step {int(state.step)}")
-            print(f"{config.data}; {config.batch} samples a step")
+        checkpoints, state, position = open_state(config, objective)
+        announce(config, objective, shape, state)
 
         # ---- data, at the state's position
         data = open_data(config, objective)
         batches = Batches(data.source, config.batch, position, encode=data.encode)
 
         # ---- the work
-        try:
-            with distributed.notice_lost_hosts():
-                held_out = validation.open_validation(config, objective, data)
-                state, finished = loop.train(config, objective, state, batches, checkpoints, held_out)
-        except distributed.LostHostError as error:
-            print(f"error: {error}", file=sys.stderr)
-            distributed.leave(1)
-        except loop.NonFiniteError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
+        with failures_in_one_line():
+            held_out = validation.open_validation(config, objective, data)
+            state, finished = loop.train(config, objective, state, batches, checkpoints, held_out)
         weights = export(config, objective, state.best) if finished else None
-        if distributed.is_main():
-            if weights is not None:
-                print(f"weights: {weights}")
-            how = "done" if finished else "stopped by SIGTERM; the same command goes on"
-            print(f"{how}: step {checkpoints.latest} in {checkpoints.path}")
+        conclude(checkpoints, weights, finished)
         checkpoints.close()
+
+
+def open_state(config: TrainConfig, objective: Objective) -> tuple[Checkpoints, TrainState, int]:
+    """The run's checkpoints, the state to go on from, and how many batches it has seen."""
+    from wanjax.checkpoint import Checkpoints
+    from wanjax.training.state import abstract_state, init_state, resumed
+
+    assert config.workdir is not None
+    checkpoints = Checkpoints(config.workdir, config.keep)
+    if checkpoints.latest is None:
+        return checkpoints, init_state(config, objective), 0
+    state, position = checkpoints.restore(abstract_state(config, objective))
+    return checkpoints, resumed(config, objective, state), position
+
+
+def announce(config: TrainConfig, objective: Objective, shape: MeshShape, state: TrainState) -> None:
+    """Print what will be trained, on what, from where."""
+    import jax
+
+    from sharding.distributed import is_main
+
+    if is_main():
+        size = sum(x.size for x in jax.tree.leaves(state.model))
+        what = type(objective).__name__
+        print(f"{what}, {size:,} parameters on {jax.device_count()} devices ({shape}), step {int(state.step)}")
+        print(f"{config.data}; {config.batch} samples a step")
+
+
+@contextlib.contextmanager
+def failures_in_one_line() -> Iterator[None]:
+    """A lost host, or a loss that is not finite, ends the process with one line and exit code 1."""
+    from sharding import distributed
+    from wanjax.training import loop
+
+    try:
+        with distributed.notice_lost_hosts():
+            yield
+    except distributed.LostHostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        distributed.leave(1)
+    except loop.NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def conclude(checkpoints: Checkpoints, weights: Path | None, finished: bool) -> None:
+    """Print how the run ended, and where what it made is."""
+    from sharding.distributed import is_main
+
+    if is_main():
+        if weights is not None:
+            print(f"weights: {weights}")
+        how = "done" if finished else "stopped by SIGTERM; the same command goes on"
+        print(f"{how}: step {checkpoints.latest} in {checkpoints.path}")
 
 
 if __name__ == "__main__":
