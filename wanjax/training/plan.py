@@ -80,6 +80,17 @@ def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
         raise InputError("--accumulate for contrastive learning; clips are compared with the whole batch; use 1")
     if isinstance(objective, FlowMatching):
         check_heads(objective.dit.num_heads, mesh.ulysses)
+    check_batch(config, mesh)
+    conditioning.latent_frames(config.frames)
+    conditioning.latent_size(config.height, config.width)
+
+
+def check_batch(config: TrainConfig, mesh: MeshShape) -> None:
+    """Whether the batch divides into parts, and these among the devices.
+
+    Raises:
+      InputError: it does not.
+    """
     if config.batch % config.accumulate:
         raise InputError(
             f"batch {config.batch} in {config.accumulate} parts; the parts must be of the same size; "
@@ -93,8 +104,6 @@ def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
             f"a part must be 1 or a multiple of {mesh.batch}; use --batch {fits}, "
             "or give devices to ring and ulysses"
         )
-    conditioning.latent_frames(config.frames)
-    conditioning.latent_size(config.height, config.width)
 
 
 def check_validation(config: TrainConfig, objective: Objective) -> None:
