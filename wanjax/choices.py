@@ -1,7 +1,8 @@
-"""What a request leaves open: task, size, mesh and noise."""
+"""What a request leaves open: networks, task, prompts, length, size, mesh and noise."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,9 +12,56 @@ from jax.sharding import Mesh
 
 from sharding.mesh import make_mesh, parse_mesh, sampling_mesh
 from sharding.ulysses import check_heads
-from wanjax import caching, conditioning, images, media
-from wanjax.config import DiTConfig, SampleConfig
+from wanjax import caching, conditioning, images, lora, media, text
+from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
+from wanjax.convert import Checkpoint
+from wanjax.convert.lora import LoRAFile
 from wanjax.errors import InputError
+from wanjax.ops.attention import check_choice
+from wanjax.quantize import requantized
+
+
+def choose_checkpoint(config: SampleConfig) -> Checkpoint:
+    """The checkpoint that is asked for.
+
+    Raises:
+      InputError: none is, or as `Checkpoint`.
+    """
+    if config.checkpoint is None:
+        raise InputError("no checkpoint; a folder in the Diffusers or the official layout is needed; give --checkpoint")
+    return Checkpoint(config.checkpoint)
+
+
+def choose_dit(config: SampleConfig, checkpoint: Checkpoint) -> tuple[DiTConfig, tuple[LoRAFile, ...], bool]:
+    """The DiT with the dtype, format and attention that are asked for; its adapters, and whether to merge them.
+
+    Raises:
+      InputError: the checkpoint has none, has it in another format, or there is no such attention on this device; or as
+        `lora.parse` and `lora.check`.
+    """
+    dtype = jnp.dtype(config.dtype)
+    dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
+    in_8_bits = dit.quantize != "off"
+    dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
+    loras = lora.parse(config.lora)
+    lora_merged = lora.check(loras, dit, in_8_bits, config.lora_merge)
+    check_choice(config.attention, dtype, jax.devices()[0].platform)
+    return dit, loras, lora_merged
+
+
+def choose_encoders(
+    config: SampleConfig, checkpoint: Checkpoint, dit: DiTConfig
+) -> tuple[UMT5Config, VAEConfig, CLIPConfig | None]:
+    """What encodes the prompt and the given frames; no CLIP for a DiT that takes none of its features.
+
+    Raises:
+      InputError: the checkpoint lacks one.
+    """
+    dtype = jnp.dtype(config.dtype)
+    umt5 = checkpoint.config("umt5", dtype=dtype, param_dtype=dtype)
+    vae = checkpoint.config("vae")  # float32 as in the official code: the VAE is 1% of the work and shows every error
+    clip = None if dit.image_dim is None else checkpoint.config("clip", dtype=dtype, param_dtype=dtype)
+    return umt5, vae, clip
 
 
 def choose_task(dit: DiTConfig, config: SampleConfig) -> conditioning.Task:
@@ -42,6 +90,23 @@ def choose_task(dit: DiTConfig, config: SampleConfig) -> conditioning.Task:
             "change the frames or give another --checkpoint"
         )
     return asked
+
+
+def choose_prompts(config: SampleConfig, task: conditioning.Task) -> list[str]:
+    """The prompt and, with guidance, what to guide away from: as given, or else the official list."""
+    negative = text.NEGATIVE_PROMPTS[task] if config.negative_prompt is None else config.negative_prompt
+    return [config.prompt] if config.guidance == 1 else [config.prompt, negative]
+
+
+def choose_length(config: SampleConfig) -> int:
+    """Latent frames of the video.
+
+    Raises:
+      InputError: unless the frames are 4 n + 1, and more than 0 a second.
+    """
+    if not config.fps > 0:
+        raise InputError(f"fps {config.fps}; a number above 0 is accepted; 16 is what the model was trained with")
+    return conditioning.latent_frames(config.frames)
 
 
 def choose_size(config: SampleConfig, pictures: list[Any]) -> tuple[int, int]:

@@ -13,19 +13,30 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sharding.distributed import is_main
 from sharding.rules import parameter_sharding, replicate
 from wanjax import caching, calibration, conditioning, images, lora, solvers, text
-from wanjax.choices import choose_mesh, choose_size, choose_task, make_noise
+from wanjax.choices import (
+    choose_checkpoint,
+    choose_dit,
+    choose_encoders,
+    choose_length,
+    choose_mesh,
+    choose_prompts,
+    choose_size,
+    choose_task,
+    make_noise,
+)
 from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
 from wanjax.convert import Checkpoint
 from wanjax.convert.lora import LoRAFile
@@ -36,9 +47,7 @@ from wanjax.models.dit import Context, DiT
 from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Cache
-from wanjax.ops.attention import check_choice
 from wanjax.programs import Programs, cache_folder
-from wanjax.quantize import requantized
 
 Pixels = np.ndarray
 SHIFTS = {"t2v": 5.0, "i2v": 5.0, "flf2v": 16.0}  # the official command line's
@@ -61,8 +70,7 @@ class Plan:
     clip_pixels: Pixels | None  # [k, s, s, 3], what CLIP sees of them
     loras: tuple[LoRAFile, ...]
     lora_merged: bool  # into the weights, or beside them
-    ids: np.ndarray  # [b, l] tokens of the prompt and, with guidance, of the negative prompt
-    mask: np.ndarray
+    tokens: tuple[np.ndarray, np.ndarray]  # ids and mask [b, l], of the prompt and, with guidance, the negative prompt
     schedule: solvers.Schedule
     noise: np.ndarray  # [1, f, h, w, c] float32
     mesh: Mesh
@@ -89,35 +97,14 @@ def prepare(config: SampleConfig) -> Plan:
     Raises:
       InputError: anything in it that cannot be used.
     """
-    if config.checkpoint is None:
-        raise InputError("no checkpoint; a folder in the Diffusers or the official layout is needed; give --checkpoint")
-    checkpoint = Checkpoint(config.checkpoint)
-    dtype = jnp.dtype(config.dtype)
-    dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
-    in_8_bits = dit.quantize != "off"
-    dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
-    loras = lora.parse(config.lora)
-    lora_merged = lora.check(loras, dit, in_8_bits, config.lora_merge)
-    check_choice(config.attention, dtype, jax.devices()[0].platform)
-    umt5 = checkpoint.config("umt5", dtype=dtype, param_dtype=dtype)
-    vae = checkpoint.config("vae")  # float32 as in the official code: the VAE is 1% of the work and shows every error
-    clip = None if dit.image_dim is None else checkpoint.config("clip", dtype=dtype, param_dtype=dtype)
+    checkpoint = choose_checkpoint(config)
+    dit, loras, lora_merged = choose_dit(config, checkpoint)
+    umt5, vae, clip = choose_encoders(config, checkpoint, dit)
     task = choose_task(dit, config)
-    checkpoint.check("dit", dit)
-    checkpoint.check("umt5", umt5)
-    checkpoint.check("vae", vae)
-    if clip is not None:
-        checkpoint.check("clip", clip)
-
-    if not config.fps > 0:
-        raise InputError(f"fps {config.fps}; a number above 0 is accepted; 16 is what the model was trained with")
-    f = conditioning.latent_frames(config.frames)
-    pictures = [images.read_image(p) for p in (config.first_frame, config.last_frame) if p is not None]
-    height, width = choose_size(config, pictures)
-    pictures = images.match_frames(pictures, height, width, config.conventions) if pictures else []
-    negative = text.NEGATIVE_PROMPTS[task] if config.negative_prompt is None else config.negative_prompt
-    prompts = [config.prompt] if config.guidance == 1 else [config.prompt, negative]
-    ids, mask = text.Tokenizer(checkpoint.tokenizer_dir, dit.text_len)(prompts)
+    check_weights(checkpoint, {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip})
+    f = choose_length(config)
+    height, width, pictures = read_pictures(config)
+    tokens = text.Tokenizer(checkpoint.tokenizer_dir, dit.text_len)(choose_prompts(config, task))
     shift = config.shift or checkpoint.flow_shift or SHIFTS[task]
     schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
     measured = calibration.read_for(config, checkpoint, loras, task, shift)
@@ -135,8 +122,7 @@ def prepare(config: SampleConfig) -> Plan:
         clip_pixels=_stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures if clip]),
         loras=loras,
         lora_merged=lora_merged,
-        ids=ids,
-        mask=mask,
+        tokens=tokens,
         schedule=schedule,
         shift=shift,
         mesh=choose_mesh(config, dit),
@@ -144,6 +130,29 @@ def prepare(config: SampleConfig) -> Plan:
         programs=Programs(cache_folder(config.compile_cache)),
         noise=make_noise(config, (1, f, *conditioning.latent_size(height, width), dit.out_channels)),
     )
+
+
+def check_weights(checkpoint: Checkpoint, networks: Mapping[NetworkName, Any]) -> None:
+    """Find out whether the networks that are not None can be loaded, before the first of them is.
+
+    Raises:
+      InputError: as `Checkpoint.load`.
+    """
+    for network, config in networks.items():
+        if config is not None:
+            checkpoint.check(network, config)
+
+
+def read_pictures(config: SampleConfig) -> tuple[int, int, list[PIL.Image.Image]]:
+    """Height and width of the video, and the given frames, which show the same field when stretched to that size.
+
+    Raises:
+      InputError: a picture cannot be read, or the size cannot be had.
+    """
+    pictures = [images.read_image(p) for p in (config.first_frame, config.last_frame) if p is not None]
+    height, width = choose_size(config, pictures)
+    matched = images.match_frames(pictures, height, width, config.conventions) if pictures else []
+    return height, width, matched
 
 
 class Conditions(NamedTuple):
@@ -213,7 +222,7 @@ def _stage(name: str, total: int, seconds: dict[str, float]) -> Iterator[Callabl
 def encode_text(plan: Plan) -> jax.Array:
     """Text features `[b, l, text_dim]`: the prompt's and, with guidance, the negative prompt's."""
     encoder = _load(plan, "umt5", plan.umt5)
-    return jax.block_until_ready(plan.programs(_encode_text, encoder, plan.ids, plan.mask))
+    return jax.block_until_ready(plan.programs(_encode_text, encoder, *plan.tokens))
 
 
 def encode_images(plan: Plan) -> jax.Array:
