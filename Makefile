@@ -58,7 +58,9 @@ $(DEMO)/stage1/model: | $(DEMO)/clips1/index.json
 	$(call TRAIN,stage1)
 $(DEMO)/stage2/model: | $(DEMO)/clips2/index.json $(DEMO)/stage1/model
 	$(call TRAIN,stage2)
-$(DEMO)/stage3/model: | $(DEMO)/clips3/index.json $(DEMO)/stage2/model
+$(DEMO)/stage2_long/model: | $(DEMO)/clips2_long/index.json $(DEMO)/stage2/model
+	$(call TRAIN,stage2_long)
+$(DEMO)/stage3/model: | $(DEMO)/clips3/index.json $(DEMO)/stage2_long/model
 	$(call TRAIN,stage3)
 
 clean:

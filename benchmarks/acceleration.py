@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="height and width")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--solver", default="unipc")
-    parser.add_argument("--shift", type=float, default=3.0)
+    parser.add_argument("--shift", type=float, default=8.0)
     parser.add_argument("--guidance", type=float, default=1.0, help="1: none, and no CFG cache to measure")
     parser.add_argument("--settings", help=f"{SETTINGS} (default: every switch by itself)")
     flags = parser.parse_args()

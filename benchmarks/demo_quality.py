@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="wanjax/demo")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--solver", default="unipc")
-    parser.add_argument("--shift", type=float, default=3.0)
+    parser.add_argument("--shift", type=float, default=8.0)
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--picture", help="PNG of the first four clips")

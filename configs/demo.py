@@ -1,4 +1,4 @@
-"""What the demo's three DiT stages share; `demo_stage1.py` .. `demo_stage3.py` are the configurations to run."""
+"""What the demo's three DiT stages share; `demo_stage1.py` .. `demo_stage3.py` are the configurations to run; the second has two parts."""
 
 from wanjax.config import CachedData, DiTConfig, ShapesData, TaskMix, TrainConfig
 
@@ -19,14 +19,14 @@ ENCODERS = "out/demo/towers/model"
 """VAE, text encoder and CLIP tower, from the trainings before."""
 
 
-def stage(number: int, clips: ShapesData, tasks: TaskMix, **settings) -> TrainConfig:
-    """Stage `number`: on its own clips, from the stage before."""
+def stage(name: str, before: str | None, clips: ShapesData, tasks: TaskMix, **settings) -> TrainConfig:
+    """Stage `name`: on its own clips, from the model of the stage `before`."""
     return TrainConfig(
-        workdir=f"out/demo/stage{number}",
+        workdir=f"out/demo/stage{name}",
         encoders=ENCODERS,
-        checkpoint=f"out/demo/stage{number - 1}/model" if number > 1 else None,
+        checkpoint=f"out/demo/stage{before}/model" if before else None,
         dit=DIT,
-        data=CachedData(f"out/demo/clips{number}", of=clips),
+        data=CachedData(f"out/demo/clips{name}", of=clips),
         tasks=tasks,
         height=64,
         width=64,

@@ -12,4 +12,4 @@ def get_config() -> TrainConfig:
     """The settings."""
     tasks = TaskMix(i2v=1.0, flf2v=4.0, interpolation=2.0, continuation=1.0, max_count=9, image_dropout=0.1)
     clips = ShapesData("all", first_seed=0, count=4096)
-    return stage(1, clips, tasks, steps=1200, cooldown=400, learning_rate=0.02, shift=3.0)
+    return stage("1", None, clips, tasks, steps=1200, cooldown=400, learning_rate=0.02, shift=3.0)

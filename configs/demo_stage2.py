@@ -12,4 +12,6 @@ def get_config() -> TrainConfig:
     """The settings."""
     # Below a noise level of 0.9 the noised clip itself shows where everything moves; the caption is learned above.
     clips = ShapesData("different", first_seed=100_000, count=6144)
-    return stage(2, clips, TaskMix(flf2v=1.0), steps=1700, cooldown=600, learning_rate=0.02, shift=8.0, sigma_std=1.5)
+    return stage(
+        "2", "1", clips, TaskMix(flf2v=1.0), steps=1700, cooldown=600, learning_rate=0.02, shift=8.0, sigma_std=1.5
+    )

@@ -11,4 +11,6 @@ from wanjax.config import ShapesData, TaskMix, TrainConfig
 def get_config() -> TrainConfig:
     """The settings."""
     clips = ShapesData("fine", first_seed=200_000, count=2048)
-    return stage(3, clips, TaskMix(flf2v=1.0), steps=500, cooldown=400, learning_rate=0.005, shift=8.0, sigma_std=1.5)
+    return stage(
+        "3", "2_long", clips, TaskMix(flf2v=1.0), steps=400, cooldown=350, learning_rate=0.005, shift=8.0, sigma_std=1.5
+    )

@@ -2,7 +2,7 @@
 
     python train_jax.py --config configs/demo_towers.py --encoders out/demo/vae_long/model
 
-The third of the demo's six trainings; docs/training.md has them all. `--encoders` is only copied into the result.
+The third of the demo's seven trainings; docs/training.md has them all. `--encoders` is only copied into the result.
 """
 
 from wanjax.config import CLIPConfig, ShapesData, TowersConfig, TrainConfig, UMT5Config

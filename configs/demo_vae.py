@@ -2,7 +2,7 @@
 
     python train_jax.py --config configs/demo_vae.py
 
-The first of the demo's six trainings; docs/training.md has them all.
+The first of the demo's seven trainings; docs/training.md has them all.
 """
 
 from wanjax.config import ShapesData, TrainConfig, VAEConfig

@@ -1,4 +1,4 @@
-"""The cache of encoded clips: goes on where it was stopped, and says what is wrong with a folder. No network runs."""
+"""The cache of encoded clips: goes on where it was stopped, and says what is wrong with a folder."""
 
 import dataclasses
 import json
@@ -145,3 +145,18 @@ def test_flags(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         cache.main(["--config", "configs/train_tiny.py", "--out", str(tmp_path / "c"), *flags.split()])
     assert not (tmp_path / "c").exists()
+
+
+def test_clips_are_encoded_before_the_stage_before_is_trained(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import dataclasses\n"
+        "from configs.demo_stage3 import get_config as stage\n"
+        "from wanjax.config import ShapesData\n"
+        "def get_config():\n"
+        "    clips = ShapesData('fine', 0, 1)\n"
+        f"    return dataclasses.replace(stage(), data=clips, checkpoint={str(tmp_path / 'not there yet')!r})\n"
+    )
+    out = tmp_path / "clips"
+    cache.main(["--config", str(config), "--out", str(out), "--encoders", "wanjax/demo", "--batch", "8"])
+    assert json.loads((out / "index.json").read_text())["files"] == ["clips-000000.arrayrecord"]

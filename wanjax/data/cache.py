@@ -315,7 +315,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--validation, but {flags.config} has no validation; held-out clips are needed; set it")
         config = dataclasses.replace(config, data=config.validation)
     config = dataclasses.replace(config, batch=flags.batch, encoders=flags.encoders or config.encoders)
-    dit = plan.network(config)
+    # The model that training starts from may not be there yet: often it is still being trained.
+    dit = config.dit or plan.network(config)
     devices = jax.local_devices()
     with jax.set_mesh(make_mesh(MeshShape(fsdp=len(devices)), devices)):
         chosen, encoders = open_clips(config), Encoders(config, dit)

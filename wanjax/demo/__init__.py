@@ -27,7 +27,7 @@ def get_config() -> SampleConfig:
         width=64,
         frames=17,
         steps=10,
-        shift=3.0,
+        shift=8.0,
         guidance=1.0,
         dtype="float32",
     )
