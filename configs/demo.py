@@ -1,4 +1,4 @@
-"""What the demo's three DiT stages share; `demo_stage1.py` .. `demo_stage3.py` are the configurations to run; the second has two parts."""
+"""What the demo's DiT stages share: `demo_stage1.py`, `demo_stage2.py`, `demo_stage2_long.py`, `demo_stage3.py`."""
 
 from wanjax.config import CachedData, DiTConfig, ShapesData, TaskMix, TrainConfig
 
