@@ -12,5 +12,5 @@ def get_config() -> TrainConfig:
     """The settings."""
     clips = ShapesData("fine", first_seed=200_000, count=2048)
     return stage(
-        "3", "2_long", clips, TaskMix(flf2v=1.0), steps=400, cooldown=350, learning_rate=0.005, shift=8.0, sigma_std=1.5
+        "3", "2_long", clips, TaskMix(flf2v=1.0), steps=300, cooldown=200, learning_rate=0.005, shift=8.0, sigma_std=1.5
     )

@@ -42,6 +42,6 @@ def test_frames_and_caption_are_of_a_held_out_clip(truth):
 def test_in_between_is_better_than_without_a_model(video, truth):
     assert video.shape == truth.video.shape
     ours = psnr(video[1:-1], truth.video[1:-1])
-    assert ours > psnr(crossfade(truth.video)[1:-1], truth.video[1:-1]) + 4
-    assert ours > psnr(nearest(truth.video)[1:-1], truth.video[1:-1]) + 4
+    assert ours > psnr(crossfade(truth.video)[1:-1], truth.video[1:-1]) + 5
+    assert ours > psnr(nearest(truth.video)[1:-1], truth.video[1:-1]) + 5
     assert psnr(video[[0, -1]], truth.video[[0, -1]]) > 30

@@ -26,8 +26,8 @@ def get_config() -> SampleConfig:
         height=64,
         width=64,
         frames=17,
-        steps=10,
-        shift=8.0,
+        steps=4,
+        shift=40.0,
         guidance=1.0,
         dtype="float32",
     )
