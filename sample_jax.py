@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanjax import demo
-from wanjax.command import Parser
+from wanjax.command import Parser, exit_codes
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 
@@ -155,10 +155,5 @@ def write(plan: Plan, result: Result) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

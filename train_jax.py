@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanjax.command import Parser
+from wanjax.command import Parser, exit_codes
 from wanjax.config import TrainConfig, load_config
-from wanjax.errors import InputError
 
 if TYPE_CHECKING:
     from sharding.mesh import MeshShape
@@ -165,10 +164,5 @@ def conclude(checkpoints: Checkpoints, weights: Path | None, finished: bool) -> 
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from sharding.rules import parameter_sharding
 from wanjax import caching, pipeline
 from wanjax.calibrate import calibrate
 from wanjax.calibration import Calibration
+from wanjax.command import exit_codes
 from wanjax.config import DiTConfig, SampleConfig
 from wanjax.convert import Checkpoint
 from wanjax.data.shapes import Kind, Shapes
@@ -259,8 +259,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
 from wanjax import lora, solvers
 from wanjax.checkpoint import Checkpoints
+from wanjax.command import exit_codes
 from wanjax.config import CachedData, LoRAConfig, ShapesData, TaskMix, TrainConfig
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import Batches, place
@@ -165,8 +165,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

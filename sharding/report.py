@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import runpy
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from sharding import stages
 from sharding.compiled import KINDS, TPU_OPTIONS, TPU_OPTIONS_8_BIT, read, topology_mesh
 from sharding.mesh import AXES, MeshShape, parse_mesh
-from wanjax.command import Parser
+from wanjax.command import Parser, exit_codes
 from wanjax.config import DiTConfig, SampleConfig, TrainConfig
 from wanjax.errors import InputError
 
@@ -201,8 +200,5 @@ def abstract_shape(text: str) -> MeshShape:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

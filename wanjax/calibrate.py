@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +28,7 @@ from tqdm import tqdm
 from sharding.compiled import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
 from wanjax import caching, media, pipeline, solvers
 from wanjax.calibration import Calibration, calibrated_for
-from wanjax.command import Parser
+from wanjax.command import Parser, exit_codes
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT
@@ -275,10 +274,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

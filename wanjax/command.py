@@ -1,8 +1,11 @@
-"""What every command does with bad flags: one line, not the usage."""
+"""What every command does with what it cannot use: one line, not the usage, not a traceback."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
 
 from wanjax.errors import InputError
 
@@ -25,3 +28,15 @@ def check_counts(**counts: int) -> None:
         if count < 1:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {count}; whole numbers from 1 are accepted; use {flag} 1")
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Ends the process: with one line and 2 for input that cannot be used, with 130 where it is interrupted."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

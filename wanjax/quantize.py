@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from wanjax.command import Parser
+from wanjax.command import Parser, exit_codes
 from wanjax.config import DiTConfig, SampleConfig
 from wanjax.convert import Checkpoint, save
 from wanjax.convert.save import check_target
@@ -143,10 +142,5 @@ def read_layers(text: str) -> tuple[int, int]:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # little is computed, and hosts have the memory: leave accelerators alone
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax import conditioning
-from wanjax.command import Parser, check_counts
+from wanjax.command import Parser, check_counts, exit_codes
 from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
 from wanjax.convert import Checkpoint
 from wanjax.data.batch import Encoded, Pixels, place
@@ -325,10 +324,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -58,14 +58,6 @@ class Snippets:
         return self.clips[self.order[index]].name
 
 
-class Draw(NamedTuple):
-    """What is random about a sample of the DiT: the frames that are given `[F]`, and whether caption and images are."""
-
-    given: np.ndarray
-    caption: bool
-    images: bool
-
-
 def draw_given(tasks: TaskMix, frames: int, rng: np.random.Generator) -> np.ndarray:
     """The given frames of a task drawn by its weight: bool `[F]`.
 

@@ -292,6 +292,7 @@ def select(args: argparse.Namespace) -> None:
     if out == args.input.resolve():
         raise InputError(f"--out {args.out} is the input; accepted: another name, so that nothing is lost; change it")
     require_packages()
+    _use_one_core_each()
     rows = read_manifest(args.input)
     # A caption can still be written when a clip has been kept.
     clips = Videos([dataclasses.replace(row, caption="") for row in rows], args.frames, args.area, args.fps)
@@ -311,7 +312,7 @@ def select(args: argparse.Namespace) -> None:
 
 
 def _use_one_core_each() -> None:
-    """Clips are scored side by side; besides, OpenCV's optical flow depends on how it is split among threads."""
+    """Clips are scored side by side already, and no score is to depend on how OpenCV splits its work among threads."""
     import cv2
 
     cv2.setNumThreads(1)
