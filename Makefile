@@ -7,19 +7,25 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: sample test lint aot aot-setup golden parity parity-setup bench demo clean
+.PHONY: sample test lint aot aot-setup aot-gpu aot-gpu-setup golden parity parity-setup bench demo clean
 
 sample: .venv/.installed  ## the packaged demo model on its own two frames: out/video.mp4
 	$(BIN)/python sample_jax.py
 
 test: .venv/.installed  ## what needs neither torch nor an accelerator's compiler
-	@echo "Deselected here: live (against diffusers, run 'make parity') and aot (compiles for TPUs, run 'make aot')."
-	$(BIN)/python -m pytest -n 2 -m "not live and not aot"
+	@echo "Deselected here: live (against diffusers, run 'make parity'), aot (compiles for TPUs, run 'make aot')"
+	@echo "and aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu')."
+	$(BIN)/python -m pytest -n 2 -m "not live and not aot and not aot_gpu"
 
 aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of one core, 8 GB of memory
 	$(BIN)/python -m pytest -m aot -k "$(ONLY)"
 
 aot-setup: .venv/.aot
+
+aot-gpu: .venv-gpu/.installed  ## attention in 8 bits compiled for NVIDIA GPUs on this machine: a minute
+	.venv-gpu/bin/python -m pytest -m aot_gpu tests/test_int8fp8_gpu_aot.py
+
+aot-gpu-setup: .venv-gpu/.installed
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -64,7 +70,7 @@ $(DEMO)/stage3/model: | $(DEMO)/clips3/index.json $(DEMO)/stage2_long/model
 	$(call TRAIN,stage3)
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache out
+	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache out
 
 # The stamp is younger than pyproject.toml: installed, and nothing to do.
 .venv/.installed: pyproject.toml
@@ -84,4 +90,11 @@ clean:
 .venv/.aot: .venv/.installed
 	@echo "Installing libtpu into .venv"
 	$(PIP) --editable ".[dev,aot]"
+	@touch $@
+
+# A place of its own: with its plugin, jax complains on every import that there is no GPU.
+.venv-gpu/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	@echo "Installing jax's CUDA plugin into .venv-gpu"
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,aot-gpu]"
 	@touch $@

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ from sharding.mesh import MeshShape, make_mesh
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.ops.attention import kernel, reference_forward
-from wanjax.ops.kernels import LOWEST, flash_tpu, int8fp8, int8fp8_tpu
+from wanjax.ops.kernels import LOWEST, flash_tpu, int8fp8, int8fp8_gpu, int8fp8_tpu
 
 exact = jax.jit(reference_forward, static_argnums=4)
-forward = jax.jit(int8fp8.forward, static_argnums=4, static_argnames="values")
+forward = jax.jit(int8fp8.forward, static_argnums=4, static_argnames=("values", "keys"))
 
 
 def random(lq, lk, d, outliers=False, heads=2):
@@ -97,6 +98,35 @@ def test_tpu_kernel_equals_the_reference(lq, lk, d, valid, scores, values):
         assert np.linalg.norm(got - wanted) <= 1e-4 * np.linalg.norm(wanted)
 
 
+@pytest.mark.parametrize(
+    ("lq", "lk", "d", "valid", "values"),
+    [
+        (300, 1100, 16, 900, "fp8"),
+        (300, 1024, 128, None, "bf16"),
+        (100, 257, 80, None, "fp8"),
+        (20, 300, 16, 0, "bf16"),
+    ],
+)
+def test_gpu_kernel_equals_the_reference(lq, lk, d, valid, values):
+    q, k, v = random(lq, lk, d, outliers=True)
+    valid = None if valid is None else jnp.int32(valid)
+    expected = forward(q, k, v, valid, jnp.float32, values=values, keys=int8fp8_gpu.KEYS)
+    results = int8fp8_gpu.run(q, k, v, valid, jnp.float32, values=values, interpret=True)
+    for got, wanted in zip(results, expected, strict=True):
+        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+        assert np.linalg.norm(got - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("capability", "values"), [("8.0", "bf16"), ("8.9", "fp8"), ("9.0", "bf16"), ("10.0", "fp8"), ("12.0", "fp8")]
+)
+def test_values_are_rounded_to_what_the_gpu_multiplies(monkeypatch, capability, values):
+    assert int8fp8_gpu.chip() == "bf16"  # without any
+    device = SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    assert int8fp8_gpu.chip() == values
+
+
 def test_inside_ring_and_ulysses():
     """Every member of the ring smooths with another mean: keys drift over the sequence."""
     length = 90
@@ -151,8 +181,11 @@ def test_the_platform_and_the_choice_name_the_kernel():
     assert "int8fp8_forward" in lowered("tpu", "int8fp8")
     assert "flash_forward" in lowered("tpu", "flash")
     assert "tpu_custom_call" not in lowered("tpu", "reference")
-    assert "__cudnn$fmhaSoftmax(" in lowered("cuda", "int8fp8")
-    assert "xi8>" in lowered("cuda", "int8fp8", jnp.float32)
+    assert "__cudnn$fmhaSoftmax(" in lowered("cuda", "flash")
+    for dtype in (jnp.bfloat16, jnp.float32):
+        text = lowered("cuda", "int8fp8", dtype)
+        assert "__gpu$xla.gpu.triton" in text
+        assert "xi8>" in text
     assert "xi8>" in lowered("cpu", "int8fp8")
     with pytest.raises(NotImplementedError):
         lowered("cpu", "flash")

@@ -111,5 +111,15 @@ def test_a_new_shape_is_in_no_other_kind():
         hearts, others = (draw_scene(seed, kind) for kind in ("heart", "different"))
         assert {figure.shape for figure in hearts.figures} == {"heart"}
         assert {figure.shape for figure in others.figures} <= set(SHAPES)
-        assert [f._replace(shape="") for f in hearts.figures] == [f._replace(shape="") for f in others.figures]
+        assert [f._replace(shape="", beat=0) for f in hearts.figures] == [f._replace(shape="") for f in others.figures]
         assert not np.array_equal(Shapes(seed, 1, kind="heart")[0].video, Shapes(seed, 1, kind="different")[0].video)
+
+
+def test_a_heart_beats_between_the_end_frames():
+    scene = draw_scene(3, "heart")
+    beating, still = (
+        render(scene._replace(figures=tuple(f._replace(beat=beat) for f in scene.figures)), 17, 64).astype(float)
+        for beat in (scene.figures[0].beat, 0.0)
+    )
+    np.testing.assert_array_equal(beating[[0, -1]], still[[0, -1]])
+    assert 10 < psnr(beating[8], still[8]) < 25

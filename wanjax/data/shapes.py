@@ -58,6 +58,7 @@ _TAG = 0x5A9E5  # keeps these random numbers apart from others drawn from the sa
 _STILL = 0.35  # share of the clips of kind "all" whose end frames are nearly equal
 _ARC = 0.32  # height of an arc / way along the main axis
 _GROWTH = 1.3
+_BEAT = 0.5
 _MARGIN = 0.13  # centres keep away from the border
 _EDGE = 2.5  # softness of edges, pixels
 _SAMPLES = {"all": 1, "different": 1, "fine": 2, "heart": 1}  # per pixel and side
@@ -76,6 +77,7 @@ class Figure(NamedTuple):
     growth: -1 shrinks, 0, 1 grows.
     angle: at the first frame, radians.
     turn: quarter turns, clockwise positive: -1, 0, 1.
+    beat: how much larger than otherwise it is halfway, a share of its radius; the end frames do not show it.
     """
 
     shape: str
@@ -89,6 +91,7 @@ class Figure(NamedTuple):
     growth: int
     angle: float
     turn: int
+    beat: float = 0.0
 
     @property
     def axis(self) -> int:
@@ -120,7 +123,8 @@ class Shapes:
       kind: "all"; "different": first and last frames differ strongly, for the second stage; "fine": the same scenes as
         "different", drawn with 2x2 samples per pixel, for the third. About two thirds of "all" are exactly the
         "different" clips of the same seeds; in the others hardly anything moves. "heart": as "different", but every
-        figure is a heart, which is in none of the other kinds nor in `VOCABULARY`: something new to adapt to.
+        figure is a heart that beats, which none does in the other kinds, nor is its name in `VOCABULARY`: something new
+        to adapt to.
 
     Raises:
       InputError: an argument is none of these.
@@ -183,7 +187,7 @@ def draw_scene(seed: int, kind: Kind = "all") -> Scene:
         # Of some, the one that is best seen in the end frames.
         figures.append(max(drawn, key=lambda figure: _clearance(figure, figures)))
     if kind in NEW_SHAPES:
-        figures = [figure._replace(shape=kind) for figure in figures]
+        figures = [figure._replace(shape=kind, beat=_BEAT) for figure in figures]
     return Scene(tuple(figures), (background[0], background[1]), waves)
 
 
@@ -316,7 +320,7 @@ def _draw_figure_at(figure: Figure, time: np.ndarray, grid: np.ndarray, edge: fl
     centre = [a + (b - a) * time for a, b in zip(figure.start, figure.end, strict=True)]
     height = _ARC * abs(figure.end[figure.axis] - figure.start[figure.axis])
     centre[1 - figure.axis] = centre[1 - figure.axis] + figure.bend * height * 4 * time * (1 - time)
-    radius = figure.radius * (1 + (_GROWTH**figure.growth - 1) * time)
+    radius = figure.radius * (1 + (_GROWTH**figure.growth - 1) * time) * (1 + figure.beat * 4 * time * (1 - time))
     angle = figure.angle + figure.turn * np.pi / 2 * time
     dx, dy = (grid - centre[0]) / radius, (grid[:, None] - centre[1]) / radius  # [F, 1, n], [F, n, 1]
     x = np.cos(angle) * dx + np.sin(angle) * dy  # [F, n, n], in the figure's own frame and units

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from wanjax.config import Attention
 from wanjax.errors import InputError
-from wanjax.ops.kernels import LOWEST, Forward, Gradients, Kernel, cudnn, flash_tpu, int8fp8, int8fp8_tpu
+from wanjax.ops.kernels import LOWEST, Forward, Gradients, Kernel, cudnn, flash_tpu, int8fp8, int8fp8_gpu, int8fp8_tpu
 
 # Small enough for the chunk's scores to stay in the cache, large enough for matrix products at full speed.
 QUERY_CHUNK = 256
@@ -59,7 +59,7 @@ def kernel(choice: Attention = "auto") -> Kernel:
     Args:
       choice: "auto": the flash kernel of TPUs, or of GPUs for the inputs that it takes, and else the reference.
         "reference": that, everywhere. "flash": as "auto", but compiles for no platform without a flash kernel.
-        "int8fp8": in 8 bits, without gradient; on GPUs, where cuDNN's kernel in 8 bits is not wired up, its bfloat16.
+        "int8fp8": in 8 bits, without gradient.
     """
     if choice == "reference":
         return Kernel(reference_forward, reference_backward)
@@ -69,11 +69,15 @@ def kernel(choice: Attention = "auto") -> Kernel:
         def on(forward: Callable[..., Forward]) -> Callable[..., Forward]:
             return lambda *args: forward(*args, dtype)
 
-        others = {"cuda": on(cudnn.forward)} if cudnn.supports(q) else {}
-        tpu = on(int8fp8_tpu.forward if in_8_bits else flash_tpu.forward)
-        if choice != "flash":
-            others["default"] = on(int8fp8.forward if in_8_bits else reference_forward)
-        return jax.lax.platform_dependent(q, k, v, valid, tpu=tpu, **others)
+        if in_8_bits:
+            kernels = {"tpu": int8fp8_tpu.forward, "cuda": int8fp8_gpu.forward, "default": int8fp8.forward}
+        else:
+            kernels = {"tpu": flash_tpu.forward}
+            if cudnn.supports(q):
+                kernels["cuda"] = cudnn.forward
+            if choice != "flash":
+                kernels["default"] = reference_forward
+        return jax.lax.platform_dependent(q, k, v, valid, **{name: on(run) for name, run in kernels.items()})
 
     def backward(q, *args) -> Gradients:
         others = {"cuda": cudnn.backward} if cudnn.supports(q) else {}

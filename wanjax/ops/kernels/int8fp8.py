@@ -96,10 +96,23 @@ def finish(out: jax.Array, lse: jax.Array, shape: tuple[int, ...], valid: jax.Ar
     return out.reshape(shape), jnp.where(valid == 0, LOWEST, lse).reshape(shape[:-1])
 
 
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Matrix product over one axis of each, summed in int32 or float32."""
+    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
+    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=sums)
+
+
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, dtype: DTypeLike, *, values: Values = "fp8"
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    valid: jax.Array | None,
+    dtype: DTypeLike,
+    *,
+    values: Values = "fp8",
+    keys: int = UNIT_KEYS,
 ) -> Forward:
-    """A kernel's `forward`, for one head and UNIT_KEYS keys at a time."""
+    """A kernel's `forward`, for one head and `keys` keys, a divisor of UNIT_KEYS, at a time."""
     operands = prepare(q, k, v, valid, values)
 
     def attend(head: Operands) -> Forward:
@@ -108,20 +121,19 @@ def forward(
         def step(carry: tuple[jax.Array, ...], unit: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
             out, top, total = carry
             k, k_scale, v, start = unit
-            scores = jnp.matmul(head.q, k.T, preferred_element_type=jnp.int32).astype(jnp.float32)
-            scores = scores * (head.q_scale * k_scale)[:, None]  # [lq, keys]
-            scores = jnp.where(start + jnp.arange(UNIT_KEYS) < operands.valid, scores, -jnp.inf)
+            scores = dot(head.q, k, (1, 1)).astype(jnp.float32) * (head.q_scale * k_scale)[:, None]  # [lq, keys]
+            scores = jnp.where(start + jnp.arange(keys) < operands.valid, scores, -jnp.inf)
             new_top = jnp.maximum(top, jnp.max(scores, axis=-1))  # [lq]
             weights = jnp.exp2(scores - (new_top - SHIFT)[:, None])
             shrink = jnp.exp2(top - new_top)
-            added = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)  # [lq, d]
+            added = dot(weights.astype(v.dtype), v, (1, 0))  # [lq, d]
             return (shrink[:, None] * out + added, new_top, shrink * total + jnp.sum(weights, axis=-1)), None
 
         units = (
-            head.k.reshape(-1, UNIT_KEYS, d),
-            head.k_scale,
-            head.v.reshape(-1, UNIT_KEYS, d),
-            jnp.arange(0, len(head.k), UNIT_KEYS),
+            head.k.reshape(-1, keys, d),
+            jnp.repeat(head.k_scale, UNIT_KEYS // keys),
+            head.v.reshape(-1, keys, d),
+            jnp.arange(0, len(head.k), keys),
         )
         start = jnp.zeros((length, d)), jnp.full((length,), LOWEST * LOG2E), jnp.zeros(length)
         (out, top, total), _ = jax.lax.scan(step, start, units)

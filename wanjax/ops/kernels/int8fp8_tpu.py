@@ -26,7 +26,7 @@ from wanjax.ops.kernels.flash_tpu import (
     query_block,
     widen,
 )
-from wanjax.ops.kernels.int8fp8 import LOG2E, SHIFT, UNIT_KEYS, Values, finish, prepare
+from wanjax.ops.kernels.int8fp8 import LOG2E, SHIFT, UNIT_KEYS, Values, dot, finish, prepare
 
 KEYS = 2048  # of a block
 
@@ -133,9 +133,3 @@ def run(q, k, v, valid, dtype: DTypeLike, *, scores: DTypeLike, values: Values, 
         name="int8fp8_forward",
     )(x.valid[None], padded_q, q_scale, widen(x.k.astype(scores)), k_scale, transposed_v, v_scale)
     return finish(out[:, :lq, :d], lse[:, 0, :lq] + x.shift, q.shape, x.valid)
-
-
-def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Matrix product over one axis of each, summed in int32 or float32."""
-    sums = jnp.int32 if a.dtype == jnp.int8 else jnp.float32
-    return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=sums)
