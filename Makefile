@@ -22,8 +22,8 @@ aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: half a
 
 aot-setup: .venv/.aot
 
-aot-gpu: .venv-gpu/.installed  ## attention in 8 bits compiled for NVIDIA GPUs on this machine: a minute
-	.venv-gpu/bin/python -m pytest -m aot_gpu tests/test_int8fp8_gpu_aot.py
+aot-gpu: .venv-gpu/.installed  ## kernels and full-size programs compiled for NVIDIA GPUs: two minutes
+	.venv-gpu/bin/python -m pytest -m aot_gpu tests/test_gpu_aot.py
 
 aot-gpu-setup: .venv-gpu/.installed
 

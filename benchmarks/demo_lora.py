@@ -1,6 +1,6 @@
-"""How well adapters teach the demo model a shape that it was never trained on: hearts, which beat between the end frames.
+"""How well adapters teach the demo model a shape that it was never trained on: hearts, which beat while they move.
 
-    python benchmarks/demo_lora.py [--steps 400] [--clips 256] [--rank 8] [--targets self_attention] [--workdir DIR]
+    python benchmarks/demo_lora.py [--steps 400] [--clips 1024] [--rank 8] [--targets self_attention] [--workdir DIR]
 
 Encodes procedural clips of hearts, trains adapters on them as `train_jax.py` does, and writes `DIR/lora.safetensors`.
 Then the model with and without that file, on held-out clips of hearts: the validation loss, and PSNR in dB of the
@@ -118,11 +118,11 @@ def read_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--clips", type=int, default=256, help="to learn from")
+    parser.add_argument("--clips", type=int, default=1024, help="to learn from")
     parser.add_argument("--held-out", type=int, default=32, help="clips to measure on")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--targets", nargs="+", default=["self_attention"])
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--solver-steps", type=int, default=4)
     parser.add_argument("--solver-shift", type=float, default=40.0)
     parser.add_argument("--checkpoint", default="wanjax/demo")

@@ -1,9 +1,8 @@
-"""What a compiled program costs, read off XLA's own text: memory, collectives, operations; and how to compile it for
-TPUs that are not there.
+"""What a compiled program costs, read off XLA's own text: memory, collectives, operations.
 
-    mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")
-    with jax.set_mesh(mesh):
-        program = read(jax.jit(f).lower(*shapes).compile(compiler_options=TPU_OPTIONS))
+mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")
+with jax.set_mesh(mesh):
+    program = read(jax.jit(f).lower(*shapes).compile(compiler_options=TPU_OPTIONS))
 """
 
 from __future__ import annotations
@@ -13,11 +12,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
-
-from jax.sharding import Mesh
-
-from sharding.mesh import make_mesh, parse_mesh
-from wanjax.errors import InputError
 
 TPU_OPTIONS: dict[str, Any] = {
     "xla_enable_async_all_gather": True,
@@ -93,34 +87,6 @@ class Instruction(NamedTuple):
     line: str
 
 
-def topology_mesh(topology: str, mesh: str) -> Mesh:
-    """A mesh of TPUs that only the compiler knows; needs libtpu (the extra `aot`).
-
-    Args:
-      topology: such as v6e:2x4, v5p:4x4x4, tpu7x:2x2x1.
-      mesh: as `parse_mesh` takes it.
-
-    Raises:
-      InputError: libtpu is missing or does not know the topology; or as `parse_mesh`.
-    """
-    # libtpu would ask the machine for its TPUs.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # whatever libtpu raises
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"topology {topology!r}: {reason}; libtpu (pip install 'wanjax[aot]') and a name such as v6e:2x4, "
-            "v5p:4x4x4 or tpu7x:2x2x1 are needed"
-        ) from error
-    return make_mesh(parse_mesh(mesh, len(devices)), devices)
-
-
 def read(compiled: Any) -> Program:
     """Costs of a `jax.stages.Compiled`."""
     memory = compiled.memory_analysis()
@@ -189,30 +155,41 @@ def constant(line: str) -> int | None:
 def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collective]:
     """The collectives of a run.
 
-    Asynchronous ones are pairs of start and done, or, on TPUs, go on inside of the fusions between the two: there the
-    first fusion, which starts them, counts. A TPU's reduce-scatter may be written as a fusion of an all-reduce and the
-    slice that a device keeps.
+    Asynchronous ones are pairs of start and done with work between them, or, on TPUs, go on inside of the fusions
+    between the two: there the first fusion, which starts them, counts. A TPU's reduce-scatter may be written as a
+    fusion of an all-reduce and the slice that a device keeps.
     """
     kernels = {name: " ".join(i.line for i in body if i.opcode == "custom-call") for name, body in computations.items()}
     fused = {name for name, text in kernels.items() if "AsyncCollectiveStart" in text}
     begun = {channel(i.line) for name in fused for i in computations[name] if i.opcode in KINDS}
-    starts = [i.line for body in computations.values() for i in body if i.opcode == "async-start"]
-    wrapped = {name for line in starts for name in re.findall(r"calls=%?([^\s,}]+)", line)}
+    starts = [(i, body) for body in computations.values() for i in body if i.opcode == "async-start" and busy(i, body)]
+    wrapped = {name for i, _ in starts for name in re.findall(r"calls=%?([^\s,}]+)", i.line)}
     plain = called_by_fusions(computations)
     for i, times, name in walk(computations):
         kind = i.opcode.removesuffix("-start")
         if kind not in KINDS or (name in plain - fused and channel(i.line) in begun):
             continue
-        parts = [size(shape) for shape in shapes(i.result)]
-        # A start returns its operands, its results and what it waits on.
-        result = max(parts) if i.opcode.endswith("-start") or kind == "reduce-scatter" else sum(parts)
+        started = i.opcode.endswith("-start")
+        # A start also returns its operands and what it waits on.
+        result = sum(size(shape) for shape in shapes((done(i, computations[name]) if started else i).result))
         if kind == "reduce-scatter":
             result *= group_size(i.line)
         elif kind == "all-reduce" and name in plain and sliced(i, computations[name]):
             kind = "reduce-scatter"
         operation = re.search(r'op_name="([^"]*)"', i.line)
-        asynchronous = name in fused | wrapped or i.opcode.endswith("-start")
+        asynchronous = name in fused | wrapped or (started and busy(i, computations[name]))
         yield Collective(kind, int(result), times, asynchronous, operation[1] if operation else "")
+
+
+def done(start: Instruction, body: list[Instruction]) -> Instruction:
+    """What waits for a start."""
+    return next(i for i in body if i.opcode.endswith("-done") and start.name in operands(i.line))
+
+
+def busy(start: Instruction, body: list[Instruction]) -> bool:
+    """Whether something is computed between a start and its done, in the order of the text, which is the schedule's."""
+    between = body[body.index(start) : body.index(done(start, body))]
+    return any(i.opcode in ("fusion", "custom-call", "dot", "convolution", "while", "call") for i in between)
 
 
 def sliced(reduced: Instruction, body: list[Instruction]) -> bool:

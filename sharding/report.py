@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from sharding import stages
-from sharding.compiled import KINDS, TPU_OPTIONS, TPU_OPTIONS_8_BIT, read, topology_mesh
+from sharding.compiled import KINDS, TPU_OPTIONS, TPU_OPTIONS_8_BIT, read
 from sharding.mesh import AXES, MeshShape, parse_mesh
+from sharding.topology import topology_mesh
 from wanjax.command import Parser, exit_codes
 from wanjax.config import DiTConfig, SampleConfig, TrainConfig
 from wanjax.errors import InputError
@@ -110,17 +111,15 @@ def compiled(
 ) -> Iterator[tuple[str, Row]]:
     """The compiler's figures, program by program: memory, payload of every kind of collective, and how much of that
     is waited for."""
-    real = topology_mesh(topology, mesh)
+    real, options = topology_mesh(topology, mesh), {}
+    if real.devices.flat[0].platform == "tpu":
+        options = TPU_OPTIONS if dit.quantize == "off" else TPU_OPTIONS_8_BIT
     with jax.set_mesh(real):
         for name, make in programs(config, dit, real).items():
             if only is not None and name not in only:
                 continue
             # Optimised even where the environment says otherwise, as the tests' does for CPUs.
-            options = {
-                **(TPU_OPTIONS if dit.quantize == "off" else TPU_OPTIONS_8_BIT),
-                "xla_backend_optimization_level": 3,
-            }
-            program = read(make().lower().compile(compiler_options=options))
+            program = read(make().lower().compile(compiler_options={**options, "xla_backend_optimization_level": 3}))
             moved = {kind: program.payload(kind) for kind in KINDS}
             waited = sum(program.payload(kind, asynchronous=False) for kind in KINDS)
             yield name, {"arguments": program.arguments, "peak": program.peak, **moved, "waited for": waited}

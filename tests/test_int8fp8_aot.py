@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import sequence_attention
-from sharding.compiled import TPU_OPTIONS, parse, shapes, topology_mesh
+from sharding.compiled import TPU_OPTIONS, parse, shapes
+from sharding.topology import topology_mesh
 
 pytestmark = pytest.mark.aot
 

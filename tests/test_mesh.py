@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import pytest
 
-from sharding.compiled import topology_mesh
 from sharding.mesh import AXES, MeshShape, make_mesh, parse_mesh, sampling_mesh
+from sharding.topology import topology_mesh
 from wanjax.errors import InputError
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding.compiled import TPU_OPTIONS_8_BIT, parse, shapes, topology_mesh
+from sharding.compiled import TPU_OPTIONS_8_BIT, parse, shapes
 from sharding.stages import Shapes
+from sharding.topology import topology_mesh
 from wanjax.models.layers import Linear, QuantizedLinear
 
 pytestmark = pytest.mark.aot

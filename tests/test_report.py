@@ -87,8 +87,11 @@ HloModule jit_f, is_scheduled=true
   %start = (bf16[1,8,4], bf16[8,8,4]) fusion(%w), kind=kCustom, calls=%started
   %middle = bf16[16,4]{1,0} fusion(%start), kind=kCustom, calls=%async_collective_fusion.2
   %all-to-all-start = ((bf16[1,40,8]{2,1,0}), bf16[1,40,8]{2,1,0}, u32[]{:S(2)}) all-to-all-start(%z), channel_id=1
+  %work = bf16[4]{0} fusion(%z), kind=kLoop, calls=%something
   %done = bf16[1,40,8]{2,1,0} all-to-all-done(%all-to-all-start)
   %later = ((bf16[2,8]{1,0}), bf16[2,8]{1,0}, u32[]{:S(2)}) async-start(%z), calls=%wrapped
+  %more = bf16[4]{0} fusion(%z), kind=kLoop, calls=%something
+  %end = bf16[2,8]{1,0} async-done(%later)
   %rs = f32[2,8]{1,0} reduce-scatter(%g), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   %kept = bf16[2,8]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
   ROOT %tuple = (s32[], bf16[1,8,4]) tuple(%i, %w)
@@ -122,6 +125,26 @@ def test_text_of_a_tpu():
     assert found["all-to-all"][1:4] == (40 * 8 * 2, 3, True)
     assert found["reduce-scatter"][1:4] == (4 * 2 * 8 * 4, 3, False)
     assert flops(parse(TPU)) == 3 * 2 * 16 * 4 * 8
+
+
+# Lines as XLA writes them for GPUs; shortened.
+GPU = """\
+HloModule jit_f, is_scheduled=true
+ENTRY %main (g: bf16[8,6]) -> bf16[1,6] {
+  %rs = ((bf16[8,6], bf16[8,2]), (bf16[1,6], bf16[1,2])) reduce-scatter-start(%g, %h), replica_groups=[1,8]<=[8]
+  %work = bf16[8]{0} fusion(%x), kind=kLoop, calls=%something
+  %rs-done = (bf16[1,6]{1,0}, bf16[1,2]{1,0}) reduce-scatter-done(%rs)
+  %gather = (bf16[1,6]{1,0}, bf16[8,6]{1,0}) all-gather-start(%w), dimensions={0}
+  %gather-done = bf16[8,6]{1,0} all-gather-done(%gather)
+}
+"""
+
+
+def test_text_of_a_gpu():
+    """Several arrays travel in one collective, and a start that is waited for at once is not asynchronous."""
+    scattered, gathered = collectives(parse(GPU))
+    assert scattered[:4] == ("reduce-scatter", 8 * (6 + 2) * 2, 1, True)
+    assert gathered[:4] == ("all-gather", 8 * 6 * 2, 1, False)
 
 
 CONFIGS = ("flf2v_14b_720p", "i2v_14b_480p", "t2v_1_3b_480p")

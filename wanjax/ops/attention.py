@@ -69,6 +69,7 @@ def kernel(choice: Attention = "auto") -> Kernel:
         def on(forward: Callable[..., Forward]) -> Callable[..., Forward]:
             return lambda *args: forward(*args, dtype)
 
+        kernels: dict[str, Callable[..., Forward]]
         if in_8_bits:
             kernels = {"tpu": int8fp8_tpu.forward, "cuda": int8fp8_gpu.forward, "default": int8fp8.forward}
         else:

@@ -1,7 +1,7 @@
 """The arithmetic of `int8fp8` as a flash kernel for NVIDIA GPUs, which Pallas compiles with Triton.
 
-cuDNN has attention in fp8, but with one scale for a whole tensor, queries and keys of three bits of mantissa, an output in
-fp8, and no log-sum-exp: neither near enough to exact attention nor of use in a ring.
+cuDNN has attention in fp8, but with one scale for a whole tensor, queries and keys of three bits of mantissa, an
+output in fp8, and no log-sum-exp: neither near enough to exact attention nor of use in a ring.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ QUERIES, KEYS, STAGES = 128, 64, 3
 
 
 def chip() -> Values:
-    """The rounding of values on this machine's GPU: fp8 where Triton multiplies it, on Ada (8.9) and from Blackwell (10) on.
+    """The rounding of values on this machine's GPU: fp8 where Triton multiplies it, on Ada (8.9) and from Blackwell on.
 
-    For Hopper it would convert fp8 to float16 and leave its fastest units aside. Without a GPU, Pallas compiles for Hopper.
+    For Hopper (9.0) it would convert fp8 to float16 and leave the fastest units aside. Without a GPU, Pallas compiles
+    for Hopper.
     """
     try:
         capability = float(jax.local_devices(backend="cuda")[0].compute_capability)

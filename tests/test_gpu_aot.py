@@ -1,0 +1,74 @@
+"""Programs compiled for NVIDIA GPUs that are not here: `make aot-gpu`."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sharding import report, sequence_attention
+from sharding.topology import topology_mesh
+from wanjax.ops.kernels import int8fp8_gpu
+
+pytestmark = pytest.mark.aot_gpu
+GIB = 2**30
+
+
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    ("gpu", "values", "products"),
+    [
+        ("a100", "bf16", {"mma.sync s8", "mma.sync bf16"}),
+        ("rtx3090", "bf16", {"mma.sync s8", "mma.sync bf16"}),
+        ("l40s", "fp8", {"mma.sync s8", "mma.sync e4m3"}),
+        ("h100", "bf16", {"wgmma s8", "wgmma bf16"}),
+        ("b200", "fp8", {"tcgen05.mma i8", "tcgen05.mma f8f6f4"}),
+        ("rtx5090", "fp8", {"mma.sync s8", "mma.sync e4m3"}),
+    ],
+)
+def test_8_bit_attention_uses_the_units_of_the_chip(tmp_path, gpu, values, products, d):
+    sharding = NamedSharding(topology_mesh(f"{gpu}:1", "data=1"), PartitionSpec())
+    q, k = (jax.ShapeDtypeStruct((1, 2, length, d), jnp.bfloat16, sharding=sharding) for length in (500, 3000))
+    attend = jax.jit(partial(int8fp8_gpu.run, values=values), static_argnums=4)
+    attend.lower(q, k, k, None, jnp.bfloat16).compile(compiler_options={"xla_dump_to": str(tmp_path)})
+    (program,) = (text for file in tmp_path.glob("*.ptx") if "int8fp8" in (text := file.read_text()))
+    found = re.findall(r"(mma\.sync|wgmma|tcgen05\.mma)\S*?[.:](s8|i8|bf16|f16|e4m3|f8f6f4)\b", program)
+    assert {" ".join(pair) for pair in found} == products
+
+
+@pytest.mark.parametrize(("choice", "kernel"), [("int8fp8", "__gpu$xla.gpu.triton"), ("flash", "__cudnn$fmhaSoftmax")])
+def test_attention_inside_ring_and_ulysses(choice, kernel):
+    mesh, length = topology_mesh("h100:8", "ring=2,ulysses=4"), 16000
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, PartitionSpec(None, ("ring", "ulysses")))
+        x = jax.ShapeDtypeStruct((1, length, 8, 128), jnp.bfloat16, sharding=sharding)
+        attend = jax.jit(partial(sequence_attention, length=length - 5, choice=choice))
+        text = attend.lower(x, x, x).compile().as_text()
+    assert text.count(f'custom_call_target="{kernel}"') == 2  # in the loop, and for the last hop
+
+
+def programs(config, topology, mesh, only):
+    config, dit, _ = report.load(config)
+    return dict(report.compiled(config, dit, topology, mesh, only))
+
+
+def test_a_step_of_sampling_on_eight():
+    (row,) = programs("configs/flf2v_14b_720p.py", "h100:8", "data=2,ulysses=4", ["DiT step"]).values()
+    assert row["peak"] <= 11 * GIB
+    assert row["all-to-all"] == 4 * 40 * 18900 * 5120 * 2  # self-attention's queries, keys, values and results
+    assert row["all-gather"] <= 24 * GIB  # the weights once
+    assert row["waited for"] <= 0.35 * row["all-to-all"]
+    assert row["all-reduce"] == row["reduce-scatter"] == row["collective-permute"] == 0
+
+
+def test_a_step_of_sampling_on_one():
+    (row,) = programs("configs/flf2v_14b_720p.py", "h100:1", "data=1", ["DiT step"]).values()
+    assert row["peak"] <= 40 * GIB
+
+
+def test_a_training_step_on_eight():
+    (row,) = programs("configs/train_flf2v_14b_720p.py", "h100:8", "ulysses=8", None).values()
+    assert row["peak"] <= 60 * GIB
+    assert row["all-reduce"] < 0.1 * row["reduce-scatter"]  # gradients go home as sums of parts

@@ -1,0 +1,57 @@
+"""An adapter that was trained on the packaged model, in diffusers' own loader."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_dit import velocity
+from test_lora import close
+
+from sharding.mesh import MeshShape, make_mesh
+from wanjax import lora
+from wanjax.convert import Checkpoint
+
+pytestmark = pytest.mark.live
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "wanjax/demo"
+
+
+def test_diffusers_reads_what_the_benchmark_trains(tmp_path):
+    import diffusers
+    import torch
+    from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
+
+    small = ["--steps", "20", "--clips", "16", "--held-out", "2", "--batch", "8", "--workdir", str(tmp_path / "run")]
+    program = [sys.executable, str(ROOT / "benchmarks/demo_lora.py"), *small]
+    result = json.loads(subprocess.run(program, capture_output=True, check=True, cwd=ROOT).stdout.splitlines()[-1])
+    assert result["base_unchanged"]
+    assert result["rank"] == 8
+    assert result["share"] <= 0.02
+
+    rng = np.random.default_rng(0)
+    shapes = (1, 68, 5, 8, 8), (1, 512, 128), (2, 17, 128)  # 512: diffusers tells text from image by it
+    latents, text, image = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    timestep = np.float32([700])
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(DEMO / "transformer").eval()
+
+    def run():
+        with torch.no_grad():
+            return np.moveaxis(
+                transformer(*map(torch.from_numpy, (latents, timestep, text, image))).sample.numpy(), 1, -1
+            )
+
+    before = run()
+    file = Path(result["file"])
+    state, metadata = WanLoraLoaderMixin.lora_state_dict(file.parent, weight_name=file.name, return_lora_metadata=True)
+    WanLoraLoaderMixin.load_lora_into_transformer(state, transformer, metadata=metadata)
+    assert np.abs(run() - before).max() > 0.01
+    checkpoint = Checkpoint(DEMO)
+    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
+        dit = lora.load(checkpoint, checkpoint.config("dit"), lora.parse([str(file)]), False)
+        got = velocity(dit, np.moveaxis(latents, 1, -1), timestep, text, image.reshape(1, 34, 128))
+    close(got, run())
