@@ -22,7 +22,7 @@ aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: half a
 
 aot-setup: .venv/.aot
 
-aot-gpu: .venv-gpu/.installed  ## kernels and full-size programs compiled for NVIDIA GPUs: two minutes
+aot-gpu: .venv-gpu/.installed  ## kernels and full-size programs compiled for NVIDIA GPUs: a minute
 	.venv-gpu/bin/python -m pytest -m aot_gpu tests/test_gpu_aot.py
 
 aot-gpu-setup: .venv-gpu/.installed

@@ -31,6 +31,10 @@ weights are gathered on 64 chips as sums of what is zero but for a part, at twic
 TPU_OPTIONS_8_BIT = {**TPU_OPTIONS, "xla_tpu_enable_async_collective_fusion_fuse_kloop_fusions": False}
 """For 8-bit weights: libtpu 0.0.42 aborts when such a gather is to overlap with anything but a matrix product."""
 
+GPU_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+"""For compiling without the GPU: there is none to try XLA's own tiles on, and those it guesses may not fit a product.
+cuBLAS takes every product."""
+
 KINDS = ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute")
 WIDTHS = {"pred": 1, "bf16": 2, "s4": 0.5, "u4": 0.5}
 """Bytes of an element where its name does not end in its bits."""

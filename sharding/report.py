@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from sharding import stages
-from sharding.compiled import KINDS, TPU_OPTIONS, TPU_OPTIONS_8_BIT, read
+from sharding.compiled import GPU_OPTIONS, KINDS, TPU_OPTIONS, TPU_OPTIONS_8_BIT, read
 from sharding.mesh import AXES, MeshShape, parse_mesh
 from sharding.topology import topology_mesh
 from wanjax.command import Parser, exit_codes
@@ -111,7 +111,7 @@ def compiled(
 ) -> Iterator[tuple[str, Row]]:
     """The compiler's figures, program by program: memory, payload of every kind of collective, and how much of that
     is waited for."""
-    real, options = topology_mesh(topology, mesh), {}
+    real, options = topology_mesh(topology, mesh), GPU_OPTIONS
     if real.devices.flat[0].platform == "tpu":
         options = TPU_OPTIONS if dit.quantize == "off" else TPU_OPTIONS_8_BIT
     with jax.set_mesh(real):

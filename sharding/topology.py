@@ -66,6 +66,10 @@ gpu_device_info {{
   memory_bandwidth: {bandwidth}
   l2_cache_size: 50000000
   device_memory_size: {memory}
+  driver_version: "12.9.0"
+  runtime_version: "12.9.0"
+  compile_time_toolkit_version: "12.9.0"
+  dnn_version: "9.8.0"
 }}
 """  # a GpuTargetConfigProto of XLA's
 

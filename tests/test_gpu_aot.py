@@ -9,7 +9,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import report, sequence_attention
+from sharding.compiled import GPU_OPTIONS, parse, shapes
+from sharding.stages import Shapes
 from sharding.topology import topology_mesh
+from wanjax.models.layers import Linear, QuantizedLinear
 from wanjax.ops.kernels import int8fp8_gpu
 
 pytestmark = pytest.mark.aot_gpu
@@ -45,8 +48,32 @@ def test_attention_inside_ring_and_ulysses(choice, kernel):
         sharding = NamedSharding(mesh, PartitionSpec(None, ("ring", "ulysses")))
         x = jax.ShapeDtypeStruct((1, length, 8, 128), jnp.bfloat16, sharding=sharding)
         attend = jax.jit(partial(sequence_attention, length=length - 5, choice=choice))
-        text = attend.lower(x, x, x).compile().as_text()
+        text = attend.lower(x, x, x).compile(compiler_options=GPU_OPTIONS).as_text()
     assert text.count(f'custom_call_target="{kernel}"') == 2  # in the loop, and for the last hop
+
+
+@pytest.mark.parametrize(
+    ("topology", "format", "product"),
+    [
+        ("h100:8", "fp8", r'custom_call_target="__cublas\$lt\$matmul\$f8"'),
+        ("l40s:8", "fp8", r'custom_call_target="__cublas\$lt\$matmul\$f8"'),
+        ("a100:8", "int8", r'\(s32\[1024,5120\].*custom_call_target="__cublas\$lt\$matmul"'),
+    ],
+)
+def test_the_product_is_of_8_bit_numbers(topology, format, product):
+    """A layer of the 14B network, split over the GPUs as all its weights are."""
+    mesh = topology_mesh(topology, "fsdp=-1")
+    with jax.set_mesh(mesh):
+        linear = partial(Linear, 5120, 5120, axes=("embed", "heads"))
+        layer = Shapes(mesh).network(lambda rngs: QuantizedLinear(linear(rngs), format))
+        sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        x = jax.ShapeDtypeStruct((mesh.size, 1024, 5120), jnp.bfloat16, sharding=sharding)
+        text = jax.jit(lambda m, x: m(x)).lower(layer, x).compile(compiler_options=GPU_OPTIONS).as_text()
+    assert len(re.findall(product, text)) == 1
+    assert text.count("custom_call_target=") == 1
+    gathered = [i.result for body in parse(text).values() for i in body if i.opcode == "all-gather-done"]
+    matrices = {kind for result in gathered for kind, size in shapes(result) if size == (5120, 5120)}
+    assert matrices == {"s8"}  # the bits of either format
 
 
 def programs(config, topology, mesh, only):
