@@ -1,5 +1,6 @@
 """The DiT against the reference implementations, and its own invariants."""
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import DiTConfig
 from wanjax.convert import Checkpoint
 from wanjax.models.dit import DiT, timestep_features, unpatchify
@@ -155,3 +157,23 @@ def test_published_sizes():
         model = jax.eval_shape(lambda config=config: DiT(config, nnx.Rngs(0)))
         assert sum(x.size for x in jax.tree.leaves(model)) == count
     assert (DiTConfig().task, DiTConfig(image_positions=0).task, t2v.task) == ("flf2v", "i2v", "t2v")
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+def test_long_samples_are_computed_one_after_the_other(monkeypatch, mesh):
+    """Guidance's two branches, on one device: the same numbers as together, in a loop inside of that over blocks."""
+    dit, expected = load("diffusers")
+    latents, text, image = (np.repeat(x, 2, axis=0) for x in diffusers_inputs(expected))
+    text[1] *= 0.5
+    timestep = np.float32([900, 300])
+
+    def lowered(busy):
+        monkeypatch.setattr("wanjax.models.dit.BUSY", busy)
+        return jax.jit(lambda *args: dit(*args)).lower(latents, timestep, context)
+
+    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])) if mesh else contextlib.nullcontext():
+        context = dit.context(text, image)
+        together, apart = lowered(4096), lowered(1)
+        results = [f.compile()(latents, timestep, context) for f in (apart, together)]
+    close(*results)
+    assert apart.as_text().count("stablehlo.while") == together.as_text().count("stablehlo.while") + 1

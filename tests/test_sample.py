@@ -188,6 +188,10 @@ BAD = {
     "number": ({"steps": "many"}, ["--steps", "many"]),
     "choice": ({"solver": "heun"}, ["heun", "unipc"]),
     "fps": ({"fps": 0}, ["fps 0"]),
+    "endless fps": ({"fps": "inf"}, ["fps inf"]),
+    "shift": ({"shift": 0}, ["shift 0"]),
+    "guidance": ({"guidance": "nan"}, ["guidance nan"]),
+    "seed": ({"seed": 2**63}, ["seed 9223372036854775808"]),
     "format": ({"quantize": "int4"}, ["int4", "fp8", "int8"]),
     "kernel": ({"attention": "flash"}, ["attention flash of float32 on cpu", "TPUs", "auto"]),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -93,7 +94,13 @@ def choose_task(dit: DiTConfig, config: SampleConfig) -> conditioning.Task:
 
 
 def choose_prompts(config: SampleConfig, task: conditioning.Task) -> list[str]:
-    """The prompt and, with guidance, what to guide away from: as given, or else the official list."""
+    """The prompt and, with guidance, what to guide away from: as given, or else the official list.
+
+    Raises:
+      InputError: the guidance is no finite number.
+    """
+    if not math.isfinite(config.guidance):
+        raise InputError(f"guidance {config.guidance}; a finite number is accepted; use 5, or 1 for none")
     negative = text.NEGATIVE_PROMPTS[task] if config.negative_prompt is None else config.negative_prompt
     return [config.prompt] if config.guidance == 1 else [config.prompt, negative]
 
@@ -104,7 +111,7 @@ def choose_length(config: SampleConfig) -> int:
     Raises:
       InputError: unless the frames are 4 n + 1, and more than 0 a second.
     """
-    if not config.fps > 0:
+    if not 0 < config.fps < math.inf:
         raise InputError(f"fps {config.fps}; a number above 0 is accepted; 16 is what the model was trained with")
     return conditioning.latent_frames(config.frames)
 
@@ -148,7 +155,13 @@ def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
 
 
 def make_noise(config: SampleConfig, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal `[1, f, h, w, c]` from the seed, or the given file, which is channels first."""
+    """Standard normal `[1, f, h, w, c]` from the seed, or the given file, which is channels first.
+
+    Raises:
+      InputError: the seed is out of range; or as `media.load_noise`.
+    """
+    if not -(2**63) <= config.seed < 2**63:
+        raise InputError(f"seed {config.seed}; whole numbers of 64 bits with sign are accepted; use 0")
     if config.initial_noise is None:
         return np.asarray(jax.random.normal(jax.random.key(config.seed), shape, jnp.float32))
     b, f, h, w, c = shape

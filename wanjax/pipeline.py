@@ -105,7 +105,7 @@ def prepare(config: SampleConfig) -> Plan:
     f = choose_length(config)
     height, width, pictures = read_pictures(config)
     tokens = text.Tokenizer(checkpoint.tokenizer_dir, dit.text_len)(choose_prompts(config, task))
-    shift = config.shift or checkpoint.flow_shift or SHIFTS[task]
+    shift = (checkpoint.flow_shift or SHIFTS[task]) if config.shift is None else config.shift
     schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
     measured = calibration.read_for(config, checkpoint, loras, task, shift)
     return Plan(

@@ -9,6 +9,7 @@ cross-attention between them. Text and image are attended to separately with the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -21,13 +22,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from sharding.local import local_attention
 from sharding.mesh import current_shape
-from sharding.rules import constrain, gather, reshape
+from sharding.rules import constrain, gather, reshape, split_batch
 from sharding.ulysses import sequence_attention
 from wanjax.config import Attention, DiTConfig, Remat
 from wanjax.models.layers import LayerNorm, Linear, QuantizedLinear, RMSNorm, normalize, scan, stack, xavier, zeros
 from wanjax.models.rope import Rotation, make_rotation, rotate
 from wanjax.ops.quantized import Format
 
+BUSY = 4096
+"""Tokens from which on a sample keeps a device as busy as a batch does."""
 Step = TypeVar("Step", bound=Callable[..., Any])
 normal = jax.nn.initializers.normal(0.02)
 
@@ -151,7 +154,7 @@ class DiT(nnx.Module):
         def step(x: jax.Array, layer: tuple[Block, Context]) -> tuple[jax.Array, None]:
             block, block_context = layer
             x = checkpoint_name(x, "block_input")
-            return block(x, tokens.modulation, tokens.rotation, block_context), None
+            return by_sample(partial(block, rotation=tokens.rotation), x, tokens.modulation, block_context), None
 
         return scan(rematerialised(step, remat), x, self.stacks, context)[0]
 
@@ -159,6 +162,19 @@ class DiT(nnx.Module):
         """Tokens behind the blocks `[b, l, e]` to velocity `[b, f, h, w, c]`, float32; `tokens` of batch b or 1."""
         velocity = constrain(self.head(x, tokens.time), "batch", None, None)[:, : tokens.rotation.length]
         return unpatchify(velocity, tokens.grid, self.config.patch_size)  # [b, f, h, w, c]
+
+
+def by_sample(run: Callable[..., jax.Array], x: jax.Array, modulation: jax.Array, context: Context) -> jax.Array:
+    """`run` of these, on one device and at BUSY tokens for one sample of the batch after the other.
+
+    A block then works in the memory of one. On several devices its weights would travel once for every sample.
+    """
+    b, length, _ = x.shape
+    if b == 1 or length < BUSY or math.prod(current_shape()) > 1:
+        return run(x, modulation, context)
+    modulation = jnp.broadcast_to(modulation, (b, *modulation.shape[1:]))
+    samples = jax.tree.map(partial(split_batch, parts=b), (x, modulation, context))  # [b, 1, ..]
+    return constrain(jax.lax.map(lambda sample: run(*sample), samples)[:, 0], "batch", "tokens", None)  # [b, l, e]
 
 
 def rematerialised(step: Step, remat: Remat) -> Step:
@@ -201,8 +217,8 @@ class Block(nnx.Module):
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, c.dim)) / c.dim**0.5, axes=(None, "embed"))
         self.eps = c.eps
 
-    def __call__(self, x: jax.Array, modulation: jax.Array, rotation: Rotation, context: Context) -> jax.Array:
-        """`x` `[b, l, e]`, `modulation` float32 `[b, 6, e]`."""
+    def __call__(self, x: jax.Array, modulation: jax.Array, context: Context, rotation: Rotation) -> jax.Array:
+        """`x` `[b, l, e]`, `modulation` float32 `[b, 6, e]` or `[1, 6, e]`."""
         m = gather(self.modulation[...])[None] + modulation  # [b, 6, e]
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.split(m, 6, axis=1)  # [b, 1, e] each
 

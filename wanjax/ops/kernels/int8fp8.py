@@ -102,16 +102,7 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=sums)
 
 
-def forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    valid: jax.Array | None,
-    dtype: DTypeLike,
-    *,
-    values: Values = "fp8",
-    keys: int = UNIT_KEYS,
-) -> Forward:
+def forward(q, k, v, valid, dtype: DTypeLike, *, values: Values = "fp8", keys: int = UNIT_KEYS) -> Forward:
     """A kernel's `forward`, for one head and `keys` keys, a divisor of UNIT_KEYS, at a time."""
     operands = prepare(q, k, v, valid, values)
 
