@@ -25,6 +25,8 @@ from sharding.topology import topology_mesh
 from wanjax.command import Parser, exit_codes
 from wanjax.config import DiTConfig, SampleConfig, TrainConfig
 from wanjax.errors import InputError
+from wanjax.ops.quantized import DTYPES
+from wanjax.quantize import requantized
 
 GIB = 2**30
 KEPT = {"block": 1.0, "attention": 4.0, "offload": 0.0, "dots": 12.0, "none": 40.0}
@@ -162,8 +164,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mesh", help="instead of those the configuration names; without -1")
     parser.add_argument("--compile", metavar="TOPOLOGY", help="such as v6e:2x4: compile for it (needs the aot extra)")
     parser.add_argument("--only", nargs="*", help="with --compile: names of programs, such as 'DiT step'")
+    parser.add_argument("--quantize", choices=tuple(DTYPES), help="the DiT's matrices, as sample_jax.py does")
     args = parser.parse_args(argv)
     config, dit, meshes = load(args.config)
+    if args.quantize is not None and isinstance(config, TrainConfig):
+        raise InputError(
+            f"--quantize {args.quantize} with {args.config}, a training; configs for sampling are accepted"
+        )
+    dit = requantized(dit, args.quantize)
     if args.compile:
         if args.mesh is None and args.compile not in meshes:
             raise InputError(f"no mesh for {args.compile} in {args.config}, which has {list(meshes)}; give --mesh")

@@ -199,3 +199,13 @@ def test_bad_input(arguments, message):
     with pytest.raises(InputError, match=message) as error:
         report.main(arguments)
     assert "\n" not in str(error.value)
+
+
+def test_8_bits_are_counted(capsys):
+    weights = []
+    for flags in ([], ["--quantize", "fp8"]):
+        report.main(["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=2,ulysses=4", *flags])
+        weights.append(float(capsys.readouterr().out.splitlines()[2].split()[1]))
+    assert 0.5 * weights[0] <= weights[1] <= 0.6 * weights[0]
+    with pytest.raises(InputError, match="a config for sampling"):
+        report.main(["--config", "configs/train_flf2v_14b_720p.py", "--quantize", "fp8"])

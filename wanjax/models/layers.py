@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from sharding.rules import gather
@@ -104,11 +105,18 @@ class QuantizedLinear(nnx.Module):
         """`[.., in]` -> `[.., out]`."""
         kernel = self.kernel[...]
         # Travels as bits: where a device has no fp8, XLA would send 16 of them.
-        bits = gather(jax.lax.bitcast_convert_type(kernel, jnp.int8))
+        bits = gather(row_major(jax.lax.bitcast_convert_type(kernel, jnp.int8)))
         y = matmul(x, jax.lax.bitcast_convert_type(bits, kernel.dtype), gather(self.kernel_scale[...]))  # [.., out]
         y = y if self.bias is None else y + gather(self.bias[...]).astype(jnp.float32)
         y = y.astype(x.dtype)  # once, behind the scales and the bias
         return y if self.lora is None else y + self.lora(x)
+
+
+def row_major(matrix: jax.Array) -> jax.Array:
+    """`matrix` itself. On GPUs cuBLAS wants 8 bits by columns; left alone, XLA turns the whole stack over, a copy."""
+    return jax.lax.platform_dependent(
+        matrix, cuda=lambda x: with_layout_constraint(x, Layout((0, 1))), default=lambda x: x
+    )
 
 
 class RMSNorm(nnx.Module):
