@@ -168,9 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config, dit, meshes = load(args.config)
     if args.quantize is not None and isinstance(config, TrainConfig):
-        raise InputError(
-            f"--quantize {args.quantize} with {args.config}, a training; configs for sampling are accepted"
-        )
+        raise InputError(f"--quantize {args.quantize} with {args.config}, a training; give a config for sampling")
     dit = requantized(dit, args.quantize)
     if args.compile:
         if args.mesh is None and args.compile not in meshes:

@@ -199,7 +199,7 @@ class LoRAConfig:
 
 
 Remat = Literal["none", "block", "attention", "dots", "offload"]
-"""What the backward pass of the DiT computes again instead of keeping; see `wanjax.models.dit.rematerialised`."""
+"""What the backward pass of the DiT computes again instead of keeping; see `wanjax.models.layers.rematerialised`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,23 @@ from sharding.mesh import current_shape
 from sharding.rules import constrain, gather, reshape, split_batch
 from sharding.ulysses import sequence_attention
 from wanjax.config import Attention, DiTConfig, Remat
-from wanjax.models.layers import LayerNorm, Linear, QuantizedLinear, RMSNorm, normalize, scan, stack, xavier, zeros
+from wanjax.models.layers import (
+    LayerNorm,
+    Linear,
+    QuantizedLinear,
+    RMSNorm,
+    normalize,
+    rematerialised,
+    scan,
+    stack,
+    xavier,
+    zeros,
+)
 from wanjax.models.rope import Rotation, make_rotation, rotate
 from wanjax.ops.quantized import Format
 
 BUSY = 4096
 """Tokens from which on a sample keeps a device as busy as a batch does."""
-Step = TypeVar("Step", bound=Callable[..., Any])
 normal = jax.nn.initializers.normal(0.02)
 
 
@@ -175,34 +185,6 @@ def by_sample(run: Callable[..., jax.Array], x: jax.Array, modulation: jax.Array
     modulation = jnp.broadcast_to(modulation, (b, *modulation.shape[1:]))
     samples = jax.tree.map(partial(split_batch, parts=b), (x, modulation, context))  # [b, 1, ..]
     return constrain(jax.lax.map(lambda sample: run(*sample), samples)[:, 0], "batch", "tokens", None)  # [b, l, e]
-
-
-def rematerialised(step: Step, remat: Remat) -> Step:
-    """The body of a scan over blocks, with less kept for the backward pass.
-
-    Args:
-      step: the body.
-      remat: what is kept of a block. "none": everything, the gathered weights too. "dots": the matrix products'
-        results. "attention": its input and what attention returned, so that nothing is attended to twice. "block": its
-        input only. "offload": as "attention", in the host's memory.
-    """
-    if remat == "none":
-        return step
-    policies = jax.checkpoint_policies
-    names = ["attention", "block_input"]
-    policy = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "attention": policies.save_only_these_names(*names),
-        "block": policies.nothing_saveable,
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=(),
-            names_which_can_be_offloaded=names,
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }[remat]
-    # A scan's body cannot be merged with its own recomputation, so JAX need not guard against that.
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)  # pyright: ignore[reportReturnType]
 
 
 class Block(nnx.Module):

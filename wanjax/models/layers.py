@@ -12,9 +12,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from sharding.rules import gather
+from wanjax.config import Remat
 from wanjax.ops.quantized import Format, matmul, quantize_weight
 
 M = TypeVar("M", bound=nnx.Module)
+Step = TypeVar("Step", bound=Callable[..., Any])
 Axes = tuple[str | None, ...]
 xavier = jax.nn.initializers.xavier_uniform()
 zeros = jax.nn.initializers.zeros
@@ -175,3 +177,31 @@ def scan(step: Callable[..., Any], carry: Any, stacks: Sequence[nnx.Module], xs:
         first += count
         results.append(ys)
     return carry, jax.tree.map(lambda *ys: jnp.concatenate(ys), *results)
+
+
+def rematerialised(step: Step, remat: Remat) -> Step:
+    """The body of a scan over blocks, with less kept for the backward pass.
+
+    Args:
+      step: the body.
+      remat: what is kept of a block. "none": everything, the gathered weights too. "dots": the matrix products'
+        results. "attention": its input and what attention returned, so that nothing is attended to twice. "block": its
+        input only. "offload": as "attention", in the host's memory.
+    """
+    if remat == "none":
+        return step
+    policies = jax.checkpoint_policies
+    names = ["attention", "block_input"]
+    policy = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "attention": policies.save_only_these_names(*names),
+        "block": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=(),
+            names_which_can_be_offloaded=names,
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[remat]
+    # A scan's body cannot be merged with its own recomputation, so JAX need not guard against that.
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)  # pyright: ignore[reportReturnType]
