@@ -79,7 +79,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
 
     Args:
       topology: of TPUs, such as v6e:2x4, v5p:4x4x4, tpu7x:2x2x1; or a GPU of `GPUS` and how many, such as h100:8.
-      mesh: as `parse_mesh` takes it.
+      mesh: as `parse_mesh` takes it; data=1 is one device of the topology.
 
     Raises:
       InputError: the compiler is missing or does not know the topology; or as `parse_mesh`.
@@ -94,6 +94,7 @@ def topology_mesh(topology: str, mesh: str) -> Mesh:
             f"(pip install 'wanjax[aot]'); h100:8 and the like, of {', '.join(GPUS)}, with jax's CUDA plugin (pip "
             "install 'wanjax[aot-gpu]') and JAX_PLATFORMS=cpu"
         ) from error
+    devices = devices[:1] if mesh == "data=1" else devices
     return make_mesh(parse_mesh(mesh, len(devices)), devices)
 
 

@@ -3,15 +3,16 @@
 import pytest
 
 from sharding import report
+from wanjax.quantize import requantized
 
 pytestmark = pytest.mark.aot
 GIB = 2**30
 SAMPLING = "configs/flf2v_14b_720p.py"
 
 
-def programs(config, topology, only=None):
+def programs(config, topology, only=None, mesh=None, quantize=None):
     config, dit, meshes = report.load(config)
-    return dict(report.compiled(config, dit, topology, meshes[topology], only))
+    return dict(report.compiled(config, requantized(dit, quantize), topology, mesh or meshes[topology], only))
 
 
 def test_a_step_of_sampling_on_eight_chips_of_v6e():
@@ -23,6 +24,11 @@ def test_a_step_of_sampling_on_eight_chips_of_v6e():
     assert row["all-gather"] <= 24 * GIB
     assert row["waited for"] <= 0.1 * GIB  # before the first block there is nothing to compute meanwhile
     assert row["all-reduce"] == row["reduce-scatter"] == row["collective-permute"] == 0
+
+
+def test_a_step_of_sampling_on_one_chip_in_8_bits():
+    (row,) = programs(SAMPLING, "v6e:2x2", ["DiT step"], "data=1", "int8").values()
+    assert row["peak"] <= 25 * GIB
 
 
 @pytest.mark.parametrize("name", ["umT5", "CLIP", "VAE encode", "VAE decode"])
