@@ -1,8 +1,10 @@
 """What a compiled program costs, read off XLA's own text: memory, collectives, operations.
 
-mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")
-with jax.set_mesh(mesh):
-    program = read(jax.jit(f).lower(*shapes).compile(compiler_options=TPU_OPTIONS))
+    mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")
+    with jax.set_mesh(mesh):
+        program = read(jax.jit(f).lower(*shapes).compile(compiler_options=TPU_OPTIONS))
+
+`sharding.topology` has the mesh.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Every program is traced on every mesh that the configuration names (`MESHES`), with abstract devices: what does not fit
 together fails here, in seconds and on any machine. Parameters, optimiser state and inputs are counted exactly,
-activations are estimated. With --compile each program is compiled for the real TPU instead (the extra `aot`, minutes a
-program) and the compiler's own figures are printed.
+activations are estimated. With --compile each program is compiled for the real TPU or GPU instead (the extras `aot` and
+`aot-gpu`, up to minutes a program) and the compiler's own figures are printed.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser("python -m sharding.report", description=__doc__)
     parser.add_argument("--config", required=True, help="configs/*.py")
     parser.add_argument("--mesh", help="instead of those the configuration names; without -1")
-    parser.add_argument("--compile", metavar="TOPOLOGY", help="such as v6e:2x4: compile for it (needs the aot extra)")
+    parser.add_argument("--compile", metavar="TOPOLOGY", help="for v6e:2x4, h100:8 or the like (extra aot, aot-gpu)")
     parser.add_argument("--only", nargs="*", help="with --compile: names of programs, such as 'DiT step'")
     parser.add_argument("--quantize", choices=tuple(DTYPES), help="the DiT's matrices, as sample_jax.py does")
     args = parser.parse_args(argv)

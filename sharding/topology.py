@@ -1,7 +1,9 @@
 """Meshes of accelerators that are not there, which XLA compiles for all the same.
 
-mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")     # TPUs, with the extra aot
-mesh = topology_mesh("h100:8", "data=2,ulysses=4")      # NVIDIA GPUs, with the extra aot-gpu
+    mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")     # TPUs
+    mesh = topology_mesh("h100:8", "data=2,ulysses=4")      # NVIDIA GPUs
+
+The compilers come with the extras `aot` and `aot-gpu`.
 """
 
 from __future__ import annotations

@@ -177,3 +177,17 @@ def test_long_samples_are_computed_one_after_the_other(monkeypatch, mesh):
         results = [f.compile()(latents, timestep, context) for f in (apart, together)]
     close(*results)
     assert apart.as_text().count("stablehlo.while") == together.as_text().count("stablehlo.while") + 1
+
+
+@pytest.mark.parametrize("remat", ["none", "attention"])
+def test_their_gradients_are_the_same(monkeypatch, remat):
+    dit, expected = load("diffusers")
+    latents, text, image = (np.repeat(x, 2, axis=0) for x in diffusers_inputs(expected))
+    context = dit.context(text, image)
+    gradients = []
+    for busy in (1, 4096):
+        monkeypatch.setattr("wanjax.models.dit.BUSY", busy)
+        loss = jax.jit(jax.grad(lambda dit: jnp.sum(dit(latents, np.float32([900, 300]), context, remat) ** 2)))
+        gradients.append(jax.tree.leaves(loss(dit)))
+    for ours, reference in zip(*gradients, strict=True):
+        close(ours, np.asarray(reference))
