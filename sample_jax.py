@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanjax import demo
-from wanjax.command import Parser, exit_codes
+from wanjax.cli import Parser, exit_codes
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 
 if TYPE_CHECKING:
-    from wanjax.pipeline import Plan, Result
+    from wanjax.sampling.pipeline import Plan, Result
 
 HELP = {
     "checkpoint": "folder in the Diffusers or the official layout",
@@ -50,7 +50,7 @@ HELP = {
     "attention": "kernel of self-attention; auto: the best exact one; int8fp8: in 8 bits (on GPUs cuDNN's bfloat16)",
     "cache": "run the DiT's blocks at some steps only: off, fixed:K, teacache:T or magcache:T",
     "cfg_cache": "run the unconditional branch at every K-th step of the later part only: off or K",
-    "calibration": "file made by python -m wanjax.calibrate, for teacache, magcache and cfg-cache",
+    "calibration": "file made by python -m wanjax.sampling.calibrate, for teacache, magcache and cfg-cache",
     "compile_cache": "folder of compiled programs, or off (default: WANJAX_COMPILE_CACHE, or the user's cache)",
     "mesh": "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
 }
@@ -90,14 +90,15 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(argv)
 
     from sharding import distributed  # here: --help and bad flags need none of these
-    from sharding.compiled import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
-    from wanjax import pipeline, programs, quantize
+    from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
+    from wanjax.sampling import compile_cache, pipeline
+    from wanjax.weights import quantize
 
     # ---- the other hosts, before anything asks for a device
     use_tpu_options(TPU_OPTIONS_8_BIT if quantize.in_8_bits(config) else TPU_OPTIONS)
     distributed.initialize(saves_on_sigterm=False)
 
-    programs.use_persistent_cache(programs.cache_folder(config.compile_cache))
+    compile_cache.use_persistent_cache(compile_cache.cache_folder(config.compile_cache))
 
     # ---- everything that can be wrong, before hours of work
     plan = pipeline.prepare(config)
@@ -119,7 +120,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def announce(plan: Plan) -> None:
     """Print what will be done, if its outputs can be written."""
-    from wanjax import lora, media
+    from wanjax import media
+    from wanjax.weights import lora
 
     config = plan.config
     media.check_output(config.output)

@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wanjax.command import Parser, exit_codes
+from wanjax.cli import Parser, exit_codes
 from wanjax.config import TrainConfig, load_config
 
 if TYPE_CHECKING:
     from sharding.mesh import MeshShape
-    from wanjax.checkpoint import Checkpoints
-    from wanjax.training.objective import Objective
+    from wanjax.training.checkpoint import Checkpoints
+    from wanjax.training.objectives.base import Objective
     from wanjax.training.state import TrainState
 
 HELP = {
@@ -76,11 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     import jax  # here: --help and bad flags need none of these
 
     from sharding import distributed
-    from sharding.compiled import use_tpu_options
     from sharding.mesh import make_mesh, parse_mesh
+    from sharding.xla_options import use_tpu_options
     from wanjax.data.batch import Batches
-    from wanjax.data.sources import open_data
-    from wanjax.training import loop, plan, validation
+    from wanjax.training import checks, loop, validation
+    from wanjax.training.data import open_data
     from wanjax.training.export import export
 
     # ---- processes, before anything asks for a device
@@ -89,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- everything that can be wrong, before hours of work
     shape = parse_mesh(config.mesh, jax.device_count())
-    objective = plan.objective(config)
-    plan.check(config, objective, shape)
+    objective = checks.objective(config)
+    checks.check(config, objective, shape)
     with jax.set_mesh(make_mesh(shape)):
         # ---- state: of the newest checkpoint, or of the beginning
         checkpoints, state, position = open_state(config, objective)
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_state(config: TrainConfig, objective: Objective) -> tuple[Checkpoints, TrainState, int]:
     """The run's checkpoints, the state to go on from, and how many batches it has seen."""
-    from wanjax.checkpoint import Checkpoints
+    from wanjax.training.checkpoint import Checkpoints
     from wanjax.training.state import abstract_state, init_state, resumed
 
     assert config.workdir is not None

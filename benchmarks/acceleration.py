@@ -4,7 +4,7 @@
     python benchmarks/acceleration.py --clips 16 --settings fixed:2,teacache:0.3,magcache:0.1+fp8    # candidates
     python benchmarks/acceleration.py --guidance 4 --settings fixed:2+cfg:2,fixed:2+cfg:2@0.2
 
-The first and last frame of each clip of `wanjax.data.shapes` and its caption go in. Every row denoises the same noise
+The first and last frame of each clip of `wanjax.demo.shapes` and its caption go in. Every row denoises the same noise
 under the same conditions as the plain sampler, clip by clip, in turns. teacache and magcache are first calibrated on
 four other clips, and without --settings measured at the threshold that runs the blocks in about half of the steps. Per
 row: share of the plain sampler's DiT evaluations; median over clips of its denoising time over the plain one's; PSNR
@@ -31,17 +31,18 @@ import numpy as np
 from PIL import Image
 
 from sharding.rules import parameter_sharding
-from wanjax import caching, pipeline
-from wanjax.calibrate import calibrate
-from wanjax.calibration import Calibration
-from wanjax.command import exit_codes
+from wanjax.cli import exit_codes
 from wanjax.config import DiTConfig, SampleConfig
-from wanjax.convert import Checkpoint
-from wanjax.data.shapes import Kind, Shapes
+from wanjax.demo.shapes import Kind, Shapes
+from wanjax.diffusion import caching
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.quantize import requantized
-from wanjax.training.evaluate import ssim
+from wanjax.sampling import pipeline
+from wanjax.sampling.calibrate import calibrate
+from wanjax.sampling.calibration import Calibration
+from wanjax.training.metrics import ssim
+from wanjax.weights import Checkpoint
+from wanjax.weights.quantize import requantized
 
 CALIBRATED = 4  # clips
 SETTINGS = """rows to measure beside plain and fast, separated by commas; of a row, joined by +: fixed:K, teacache:T,

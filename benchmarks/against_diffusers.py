@@ -26,8 +26,8 @@ import numpy as np
 from flax import nnx
 
 from wanjax.config import VAEConfig
-from wanjax.convert import Checkpoint
 from wanjax.models.vae import VAE
+from wanjax.weights import Checkpoint
 
 SECTIONS = ("dit_2048", "dit_4096", "vae_encode", "vae_decode", "vae_decode_memory")
 

@@ -24,22 +24,22 @@ import numpy as np
 
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
-from wanjax import lora, solvers
-from wanjax.checkpoint import Checkpoints
-from wanjax.command import exit_codes
+from wanjax.cli import exit_codes
+from wanjax.conditioning.encoders import Encoders
 from wanjax.config import CachedData, LoRAConfig, ShapesData, TaskMix, TrainConfig
-from wanjax.convert import Checkpoint
 from wanjax.data.batch import Batches, place
-from wanjax.data.cache import write_cache
-from wanjax.data.encode import Encoders
-from wanjax.data.shapes import Kind
-from wanjax.data.sources import open_clips, open_data, task_samples
+from wanjax.demo.shapes import Kind
+from wanjax.diffusion import solvers
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.training import evaluate, loop, plan
+from wanjax.training import checks, loop, metrics
+from wanjax.training.checkpoint import Checkpoints
+from wanjax.training.data import open_clips, open_data, task_samples
 from wanjax.training.export import export
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.training.latent_cache import write_cache
+from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import init_state
+from wanjax.weights import Checkpoint, lora
 
 FIRST_SEED, HELD_OUT_SEED = 400_000, 10_000_000
 
@@ -97,7 +97,7 @@ class HeldOut:
             numbers = [start + i for i in range(min(size, clips - start))]
             pixels = [samples.sample(number, 0) for number in numbers]
             self.parts.append((numbers, [x.video for x in pixels], encoders(place(pixels, len(pixels)))))
-        self.losses = jax.jit(functools.partial(evaluate.validation_losses, FlowMatching(config, encoders.dit)))
+        self.losses = jax.jit(functools.partial(metrics.validation_losses, FlowMatching(config, encoders.dit)))
 
     def loss(self, dit: DiT) -> float:
         """Mean over clips and noise levels."""
@@ -107,10 +107,10 @@ class HeldOut:
         """Of the frames between, mean over clips."""
         schedule, values = solvers.make_schedule("unipc", steps, shift, "official"), []
         for numbers, truth, batch in self.parts:
-            noise = evaluate.noise_of(numbers, batch.latents.shape[1:])
-            latents = evaluate.sample_latents(dit, batch, self.empty, noise, schedule, 1.0, steps)
-            videos = np.asarray(evaluate.decode(self.vae, latents))
-            values += [evaluate.psnr(a[1:-1], b[1:-1]) for a, b in zip(videos, truth, strict=True)]
+            noise = metrics.noise_of(numbers, batch.latents.shape[1:])
+            latents = metrics.sample_latents(dit, batch, self.empty, noise, schedule, 1.0, steps)
+            videos = np.asarray(metrics.decode(self.vae, latents))
+            values += [metrics.psnr(a[1:-1], b[1:-1]) for a, b in zip(videos, truth, strict=True)]
         return float(np.mean(values))
 
 
@@ -136,10 +136,10 @@ def main() -> None:
     if Path(flags.workdir).exists() and any(Path(flags.workdir).iterdir()):
         raise InputError(f"--workdir {flags.workdir} is not empty; a new or empty folder is accepted; give another")
     config = make_config(flags)
-    objective = plan.objective(config)
+    objective = checks.objective(config)
     assert isinstance(objective, FlowMatching)
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
-        plan.check(config, objective, MeshShape())
+        checks.check(config, objective, MeshShape())
         encoders, chosen = Encoders(config, objective.dit), open_clips(config)
         write_cache(
             config, task_samples(config, encoders, chosen), chosen.buckets, encoders, Path(f"{flags.workdir}/clips")

@@ -20,15 +20,15 @@ from PIL import Image
 
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
-from wanjax import solvers
+from wanjax.conditioning.encoders import Encoders
 from wanjax.config import ShapesData, TaskMix, TrainConfig
-from wanjax.convert import Checkpoint
 from wanjax.data.batch import place
 from wanjax.data.buckets import Order
-from wanjax.data.encode import Encoders
 from wanjax.data.samples import TaskSamples
-from wanjax.data.shapes import Kind, Shapes
-from wanjax.training import evaluate
+from wanjax.demo.shapes import Kind, Shapes
+from wanjax.diffusion import solvers
+from wanjax.training import metrics
+from wanjax.weights import Checkpoint
 
 FRAMES, SIZE = 17, 64
 
@@ -79,11 +79,11 @@ class Demo:
         order = Order({clips.shape(0): np.arange(len(clips))}, len(numbers))
         samples = TaskSamples(clips, order, self.config, self.encoders.tokenizer, 2, self.encoders.clip.image_size)
         batch = self.encoders(place([samples.sample(i, 0) for i in numbers], len(numbers)))
-        noise = evaluate.noise_of([self.flags.first_seed + i for i in numbers], batch.latents.shape[1:])
-        latents = evaluate.sample_latents(
+        noise = metrics.noise_of([self.flags.first_seed + i for i in numbers], batch.latents.shape[1:])
+        latents = metrics.sample_latents(
             self.dit, batch, self.empty, noise, self.schedule, self.flags.guidance, self.flags.steps
         )
-        return np.asarray(evaluate.decode(self.encoders.networks.vae, latents))
+        return np.asarray(metrics.decode(self.encoders.networks.vae, latents))
 
     def through_vae(self, videos: np.ndarray) -> np.ndarray:
         """What the VAE alone makes of the true clips: nothing in its latents can be better."""
@@ -92,7 +92,7 @@ class Demo:
 
 @jax.jit
 def _through_vae(vae, videos):
-    return evaluate.decode(vae, vae.encode(videos.astype(jnp.float32) / 127.5 - 1))
+    return metrics.decode(vae, vae.encode(videos.astype(jnp.float32) / 127.5 - 1))
 
 
 def measure(demo: Demo, clips: Shapes) -> tuple[dict[str, list[float]], list[np.ndarray]]:
@@ -105,15 +105,15 @@ def measure(demo: Demo, clips: Shapes) -> tuple[dict[str, list[float]], list[np.
         ours, wrong = demo.fill_in(clips, numbers), demo.fill_in(WrongCaptions(clips), numbers)
         vae = demo.through_vae(truth)
         for i in range(min(demo.flags.batch, len(clips) - start)):
-            fade, near = evaluate.crossfade(truth[i]), evaluate.nearest(truth[i])
+            fade, near = metrics.crossfade(truth[i]), metrics.nearest(truth[i])
             row = {
-                "ours": evaluate.psnr(ours[i, 1:-1], truth[i, 1:-1]),
-                "wrong caption": evaluate.psnr(wrong[i, 1:-1], truth[i, 1:-1]),
-                "cross-fade": evaluate.psnr(fade[1:-1], truth[i, 1:-1]),
-                "nearest frame": evaluate.psnr(near[1:-1], truth[i, 1:-1]),
-                "VAE alone": evaluate.psnr(vae[i, 1:-1], truth[i, 1:-1]),
-                "end frames": evaluate.psnr(ours[i, [0, -1]], truth[i, [0, -1]]),
-                "end frames, VAE alone": evaluate.psnr(vae[i, [0, -1]], truth[i, [0, -1]]),
+                "ours": metrics.psnr(ours[i, 1:-1], truth[i, 1:-1]),
+                "wrong caption": metrics.psnr(wrong[i, 1:-1], truth[i, 1:-1]),
+                "cross-fade": metrics.psnr(fade[1:-1], truth[i, 1:-1]),
+                "nearest frame": metrics.psnr(near[1:-1], truth[i, 1:-1]),
+                "VAE alone": metrics.psnr(vae[i, 1:-1], truth[i, 1:-1]),
+                "end frames": metrics.psnr(ours[i, [0, -1]], truth[i, [0, -1]]),
+                "end frames, VAE alone": metrics.psnr(vae[i, [0, -1]], truth[i, [0, -1]]),
             }
             for name, value in row.items():
                 figures.setdefault(name, []).append(value)

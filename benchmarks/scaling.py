@@ -4,8 +4,8 @@
 
 Per mesh, per device: operations of the matrix products (attention's too), and bytes that each kind of collective moves.
 A reduced network, so that it compiles in seconds; the rules that split it are those of the full one, for which
-`python -m sharding.report --config configs/flf2v_14b_720p.py --compile v6e:2x4` asks the TPU's compiler. The last line
-is JSON. `work` is one device's operations times the devices, over those of one device alone: 1 is perfect.
+`python -m wanjax.report.memory --config configs/flf2v_14b_720p.py --compile v6e:2x4` asks the TPU's compiler. The last
+line is JSON. `work` is one device's operations times the devices, over those of one device alone: 1 is perfect.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 
-from sharding import stages  # noqa: E402
-from sharding.compiled import KINDS, read  # noqa: E402
 from sharding.mesh import MeshShape, make_mesh  # noqa: E402
 from wanjax.config import DiTConfig, SampleConfig  # noqa: E402
+from wanjax.report import programs  # noqa: E402
+from wanjax.report.hlo import KINDS, read  # noqa: E402
 
 NETWORK = DiTConfig(
     dim=512, ffn_dim=1536, num_heads=8, num_layers=2, freq_dim=64, text_dim=64, text_len=64, image_dim=64
@@ -50,7 +50,7 @@ def measure(shape: MeshShape) -> dict[str, Any]:
     count = shape.batch * shape.sequence
     mesh = make_mesh(shape, jax.devices()[:count])
     with jax.set_mesh(mesh):
-        program = read(stages.denoise_step(VIDEO, NETWORK, stages.Shapes(mesh)).lower().compile())
+        program = read(programs.denoise_step(VIDEO, NETWORK, programs.Shapes(mesh)).lower().compile())
     payload = {kind: program.payload(kind) for kind in KINDS}
     return {"mesh": str(shape), "devices": count, "operations": program.flops, **payload}
 

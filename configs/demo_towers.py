@@ -6,8 +6,8 @@ The third of the demo's seven trainings; docs/training.md has them all. `--encod
 """
 
 from wanjax.config import CLIPConfig, ShapesData, TowersConfig, TrainConfig, UMT5Config
-from wanjax.data.shapes import VOCABULARY
-from wanjax.data.vocabulary import vocabulary_size
+from wanjax.demo.shapes import VOCABULARY
+from wanjax.demo.vocabulary import vocabulary_size
 
 
 def get_config() -> TrainConfig:

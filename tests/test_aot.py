@@ -2,8 +2,8 @@
 
 import pytest
 
-from sharding import report
-from wanjax.quantize import requantized
+from wanjax.report import memory
+from wanjax.weights.quantize import requantized
 
 pytestmark = pytest.mark.aot
 GIB = 2**30
@@ -11,8 +11,8 @@ SAMPLING = "configs/flf2v_14b_720p.py"
 
 
 def programs(config, topology, only=None, mesh=None, quantize=None):
-    config, dit, meshes = report.load(config)
-    return dict(report.compiled(config, requantized(dit, quantize), topology, mesh or meshes[topology], only))
+    config, dit, meshes = memory.load(config)
+    return dict(memory.compiled(config, requantized(dit, quantize), topology, mesh or meshes[topology], only))
 
 
 def test_a_step_of_sampling_on_eight_chips_of_v6e():

@@ -10,12 +10,12 @@ import pytest
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import CachedData, DiTConfig, ShapesData, TaskMix, TrainConfig
-from wanjax.data import cache
 from wanjax.data.batch import Encoded, Pixels
 from wanjax.data.buckets import Order
 from wanjax.data.samples import TaskSamples
-from wanjax.data.shapes import Shapes
+from wanjax.demo.shapes import Shapes
 from wanjax.errors import InputError
+from wanjax.training import latent_cache
 
 DIT = DiTConfig(in_channels=8, out_channels=2, text_dim=3, text_len=6, image_dim=None, image_positions=0)
 CLIPS = ShapesData("all", 0, 5)
@@ -50,12 +50,12 @@ def write(out, encoders, config=CONFIG, **share):
     buckets = {clips.shape(0): np.arange(5)}
     samples = TaskSamples(clips, Order(buckets, config.batch), config, tokens, 0, 0)
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
-        cache.write_cache(config, samples, buckets, encoders, out, **share)
+        latent_cache.write_cache(config, samples, buckets, encoders, out, **share)
 
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(cache, "CLIPS_PER_FILE", 2)
+    monkeypatch.setattr(latent_cache, "CLIPS_PER_FILE", 2)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def reading(tmp_path):
 
 def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, reading):
     write(tmp_path / "whole", Encoders())
-    real, files = cache._write_file, []
+    real, files = latent_cache._write_file, []
 
     def stopped(path, records):
         files.append(path)
@@ -75,20 +75,20 @@ def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, reading):
             raise KeyboardInterrupt
         real(path, records)
 
-    monkeypatch.setattr(cache, "_write_file", stopped)
+    monkeypatch.setattr(latent_cache, "_write_file", stopped)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "c", Encoders())
-    monkeypatch.setattr(cache, "_write_file", real)
+    monkeypatch.setattr(latent_cache, "_write_file", real)
     with pytest.raises(InputError, match=r"no index\.json"):
-        cache.CachedSamples(reading.data.path, reading, DIT)
+        latent_cache.CachedSamples(reading.data.path, reading, DIT)
     first = (tmp_path / "c/clips-000000.arrayrecord").stat().st_mtime_ns
     encoders = Encoders()
     write(tmp_path / "c", encoders)
     assert encoders.calls == 3  # (2 + 1 clips) x 2 draws, 2 at a time
     assert (tmp_path / "c/clips-000000.arrayrecord").stat().st_mtime_ns == first
     assert sorted(os.listdir(tmp_path / "c")) == sorted(os.listdir(tmp_path / "whole"))
-    ours = cache.CachedSamples(reading.data.path, reading, DIT)
-    whole = cache.CachedSamples(str(tmp_path / "whole"), reading, DIT)
+    ours = latent_cache.CachedSamples(reading.data.path, reading, DIT)
+    whole = latent_cache.CachedSamples(str(tmp_path / "whole"), reading, DIT)
     clips = Shapes(0, 5, 5, 16)
     for i in range(10):
         assert ours.name(i) == whole.name(i)
@@ -117,19 +117,19 @@ def test_what_a_network_does_not_take(tmp_path, reading):
         ({"in_channels": 2}, "has known of 2 channels, the network takes none"),
     ):
         with pytest.raises(InputError, match=message):
-            cache.CachedSamples(reading.data.path, reading, dataclasses.replace(DIT, **change))
+            latent_cache.CachedSamples(reading.data.path, reading, dataclasses.replace(DIT, **change))
 
 
 def test_damaged_folders(tmp_path, reading):
     write(tmp_path / "c", Encoders())
     (tmp_path / "c/clips-000001.arrayrecord").unlink()
     with pytest.raises(InputError, match=r"lacks 1 of 4 files, the first clips-000001\.arrayrecord"):
-        cache.CachedSamples(reading.data.path, reading, DIT)
+        latent_cache.CachedSamples(reading.data.path, reading, DIT)
     index = json.loads((tmp_path / "c/index.json").read_text())
     for text in ("{", json.dumps({k: v for k, v in index.items() if k != "files"})):
         (tmp_path / "c/index.json").write_text(text)
         with pytest.raises(InputError, match=r"index\.json is damaged"):
-            cache.CachedSamples(reading.data.path, reading, DIT)
+            latent_cache.CachedSamples(reading.data.path, reading, DIT)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_damaged_folders(tmp_path, reading):
 )
 def test_flags(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
-        cache.main(["--config", "configs/train_tiny.py", "--out", str(tmp_path / "c"), *flags.split()])
+        latent_cache.main(["--config", "configs/train_tiny.py", "--out", str(tmp_path / "c"), *flags.split()])
     assert not (tmp_path / "c").exists()
 
 
@@ -158,5 +158,5 @@ def test_clips_are_encoded_before_the_stage_before_is_trained(tmp_path):
         f"    return dataclasses.replace(stage(), data=clips, checkpoint={str(tmp_path / 'not there yet')!r})\n"
     )
     out = tmp_path / "clips"
-    cache.main(["--config", str(config), "--out", str(out), "--encoders", "wanjax/demo", "--batch", "8"])
+    latent_cache.main(["--config", str(config), "--out", str(out), "--encoders", "wanjax/demo", "--batch", "8"])
     assert json.loads((out / "index.json").read_text())["files"] == ["clips-000000.arrayrecord"]

@@ -14,12 +14,13 @@ from test_sample import DIFFUSERS, OFFICIAL, flags, refused
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import shard_parameters
-from wanjax import caching, pipeline, solvers
-from wanjax.caching import RETAINED, SKIPS, magnitude_schedule, make_rules
-from wanjax.calibration import Calibration
 from wanjax.config import DiTConfig, SampleConfig
+from wanjax.diffusion import caching, solvers
+from wanjax.diffusion.caching import RETAINED, SKIPS, magnitude_schedule, make_rules
 from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT, unpatchify
+from wanjax.sampling import pipeline
+from wanjax.sampling.calibration import Calibration
 
 STEPS, GUIDANCE, SHAPE = 10, 4.0, (1, 3, 6, 8, 16)
 NETWORK = DiTConfig(
@@ -305,12 +306,18 @@ def test_sharded_equals_unsharded(switches, shape):
         ({"cache": "teacache"}, ["'teacache'", "teacache:T"]),
         ({"cache": "magcache:nan"}, ["magcache:nan"]),
         ({"cache": "often"}, ["often", "accepted: off"]),
-        ({"cache": "teacache:0.1"}, ["teacache needs measurements", "--calibration", "python -m wanjax.calibrate"]),
-        ({"cache": "magcache:0.1"}, ["magcache needs measurements", "--calibration", "python -m wanjax.calibrate"]),
+        (
+            {"cache": "teacache:0.1"},
+            ["teacache needs measurements", "--calibration", "python -m wanjax.sampling.calibrate"],
+        ),
+        (
+            {"cache": "magcache:0.1"},
+            ["magcache needs measurements", "--calibration", "python -m wanjax.sampling.calibrate"],
+        ),
         ({"cfg_cache": "0"}, ["cfg-cache '0'", "--cfg-cache 2"]),
         ({"cfg_cache": "2", "guidance": 1}, ["cfg-cache 2 with guidance 1", "leave --cfg-cache out"]),
         ({"cfg_cache": "2", "mesh": "data=2,ulysses=4"}, ["cfg-cache 2 on mesh data=2", "ring or ulysses"]),
-        ({"calibration": "nowhere.json"}, ["nowhere.json", "cannot be read", "wanjax.calibrate"]),
+        ({"calibration": "nowhere.json"}, ["nowhere.json", "cannot be read", "wanjax.sampling.calibrate"]),
     ],
 )
 def test_bad_switches(tmp_path, switches, words):

@@ -13,13 +13,14 @@ from test_caching import GUIDANCE, NETWORK, SCHEDULE, inputs, network
 from test_sample import DIFFUSERS, flags, refused
 
 import sample_jax
-from sharding import stages
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import caching, calibrate, calibration, pipeline, solvers
-from wanjax.caching import Rules, magnitude_schedule
 from wanjax.config import SampleConfig
-from wanjax.convert import Checkpoint
+from wanjax.diffusion import caching, solvers
+from wanjax.diffusion.caching import Rules, magnitude_schedule
 from wanjax.errors import InputError
+from wanjax.report import programs
+from wanjax.sampling import calibrate, calibration, pipeline
+from wanjax.weights import Checkpoint
 
 STEPS = 6
 RUN = {"steps": STEPS, "guidance": 2}
@@ -152,7 +153,7 @@ def test_resampled_to_other_steps(measured):
 def test_refused_for_another_run(measured, tmp_path):
     run = {"cache": "magcache:0.1", "calibration": measured, "output": tmp_path / "v.npy"}
     for changes, words in (
-        ({"shift": 3}, ["shift 5.0", "shift", "3.0", "wanjax.calibrate"]),
+        ({"shift": 3}, ["shift 5.0", "shift", "3.0", "wanjax.sampling.calibrate"]),
         ({"solver": "euler"}, ["solver unipc", "euler"]),
         ({"conventions": "official"}, ["conventions diffusers", "official"]),
         ({"last_frame": None}, ["task flf2v", "i2v"]),
@@ -170,7 +171,7 @@ def test_refused_for_another_run(measured, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda v: v | {"magnitude": v["magnitude"][1:]}, ["cannot be used", "wanjax.calibrate"]),
+        (lambda v: v | {"magnitude": v["magnitude"][1:]}, ["cannot be used", "wanjax.sampling.calibrate"]),
         (lambda v: v | {"sigmas": v["sigmas"][::-1]}, ["cannot be used"]),
         (lambda v: v | {"polynomial": []}, ["cannot be used"]),
         (lambda v: v | {"input_change": [float("nan")] * (STEPS - 1)}, ["cannot be used"]),
@@ -224,8 +225,10 @@ def test_fits_on_a_mesh():
     config = SampleConfig(height=48, width=64, frames=9)
     mesh = make_mesh(MeshShape(data=2, ring=2, ulysses=2))
     with jax.set_mesh(mesh):
-        shapes = stages.Shapes(mesh)
-        dit, schedule, state, control, context, guidance, i, _ = stages.denoise_step(config, NETWORK, shapes).arguments
+        shapes = programs.Shapes(mesh)
+        dit, schedule, state, control, context, guidance, i, _ = programs.denoise_step(
+            config, NETWORK, shapes
+        ).arguments
         kept = None
         for _ in range(2):
             arguments = (dit, schedule, state, kept, control, context, guidance, i)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from sharding.mesh import MeshShape, make_mesh
-from wanjax.checkpoint import Checkpoints
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.errors import InputError
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.training.checkpoint import Checkpoints
+from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import abstract_state
 
 DIT = DiTConfig(

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from wanjax.conditioning.images import clip_pixels, read_image
 from wanjax.config import CLIPConfig
-from wanjax.convert import Checkpoint
-from wanjax.images import clip_pixels, read_image
 from wanjax.models.clip import CLIPVision
+from wanjax.weights import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 encode = jax.jit(lambda clip, pixels: clip(pixels))

@@ -20,10 +20,11 @@ from test_caching import NETWORK, SCHEDULE, STEPS
 from test_sample import DIFFUSERS, flags
 
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import caching, programs, solvers
 from wanjax.config import SampleConfig
+from wanjax.diffusion import caching, solvers
 from wanjax.models.dit import DiT
-from wanjax.programs import Programs
+from wanjax.sampling import compile_cache
+from wanjax.sampling.compile_cache import Programs
 
 ROOT = Path(__file__).parent.parent
 # Runs the command line and counts, by JAX's own events, what was traced to a program, compiled, and found compiled.
@@ -36,7 +37,7 @@ jax.monitoring.register_event_listener(lambda name, **_: counts.update([name]))
 jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: counts.update([name]))
 import sample_jax
 at_first_step = {}
-from wanjax import solvers
+from wanjax.diffusion import solvers
 original = solvers.init
 def init(*args):
     at_first_step.update(counts)
@@ -114,11 +115,11 @@ def test_changed_parts_compile_anew(tmp_path, monkeypatch, counts):
 
     assert compiles() == 1
     assert compiles() == 0
-    surroundings = programs.surroundings()
+    surroundings = compile_cache.surroundings()
     assert set(surroundings) == {"code", "libraries", "platform", "flags", "options", "mesh", "devices", "processes"}
     for part in surroundings:
         with monkeypatch.context() as patch:
-            patch.setattr(programs, "surroundings", lambda part=part: surroundings | {part: "another"})
+            patch.setattr(compile_cache, "surroundings", lambda part=part: surroundings | {part: "another"})
             assert compiles() == 1, part
             assert compiles() == 0, part
     assert compiles(np.arange(7, dtype=np.float32)) == 1  # shape
@@ -143,7 +144,7 @@ def test_the_configuration_is_in_the_key():
     def name(solver="unipc", steps=STEPS, rules=True, **changes):
         dit = DiT(dataclasses.replace(NETWORK, **changes), nnx.Rngs(0))
         kept = caching.make_rules(SampleConfig(cache="fixed:2"), SCHEDULE) if rules else None
-        return programs.key(double, (dit, solvers.make_schedule(solver, steps, 5.0), kept))
+        return compile_cache.key(double, (dit, solvers.make_schedule(solver, steps, 5.0), kept))
 
     changes = [{"attention": "int8fp8"}, {"attention": "reference"}, {"eps": 1e-5}, {"num_heads": 2}]
     others = [name(**change) for change in [*changes, {"dtype": jnp.bfloat16}, {"steps": 9}, {"rules": False}]]
@@ -152,17 +153,17 @@ def test_the_configuration_is_in_the_key():
 
 
 def test_the_libraries_are_those_that_make_the_program():
-    assert {"jax", "jaxlib", "flax", "qwix", "libtpu"} <= set(programs.LIBRARIES)
-    versions = programs.surroundings()["libraries"]
+    assert {"jax", "jaxlib", "flax", "qwix", "libtpu"} <= set(compile_cache.LIBRARIES)
+    versions = compile_cache.surroundings()["libraries"]
     assert all(versions[library] == importlib.metadata.version(library) for library in ("jax", "jaxlib", "qwix"))
 
 
 def test_the_code_is_all_sources(tmp_path, monkeypatch):
     for package in ("wanjax", "sharding"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(programs, "__file__", str(tmp_path / "wanjax/programs.py"))
-    version = programs.code_version.__wrapped__
-    original = programs.code_version()
+    monkeypatch.setattr(compile_cache, "__file__", str(tmp_path / "wanjax/sampling/compile_cache.py"))
+    version = compile_cache.code_version.__wrapped__
+    original = compile_cache.code_version()
     assert version() == original
     with (tmp_path / "sharding/ring.py").open("a") as file:
         file.write("\n")
@@ -205,7 +206,7 @@ def test_a_program_that_does_not_run_is_compiled_anew(tmp_path, monkeypatch):
 
 def test_what_jax_kept_is_not_kept_twice(tmp_path):
     """A program that JAX's own cache holds already is compiled once more for ours: the other's would not run."""
-    programs.use_persistent_cache(tmp_path / "a")
+    compile_cache.use_persistent_cache(tmp_path / "a")
     try:
         for _ in range(2):
             jax.clear_caches()
@@ -224,12 +225,12 @@ def test_a_folder_that_cannot_be_written_is_no_harm(tmp_path):
 
 
 def test_place(monkeypatch, tmp_path):
-    monkeypatch.delenv(programs.ENVIRONMENT)
+    monkeypatch.delenv(compile_cache.ENVIRONMENT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert programs.cache_folder(None) == tmp_path / "wanjax"
-    assert programs.cache_folder("off") is None
-    assert programs.cache_folder("here") == Path("here")
-    monkeypatch.setenv(programs.ENVIRONMENT, "off")
-    assert programs.cache_folder(None) is None
-    assert programs.cache_folder("here") == Path("here")
+    assert compile_cache.cache_folder(None) == tmp_path / "wanjax"
+    assert compile_cache.cache_folder("off") is None
+    assert compile_cache.cache_folder("here") == Path("here")
+    monkeypatch.setenv(compile_cache.ENVIRONMENT, "off")
+    assert compile_cache.cache_folder(None) is None
+    assert compile_cache.cache_folder("here") == Path("here")
     assert jnp.all(called(None)["sum"] == X + 2)

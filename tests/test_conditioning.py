@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from wanjax import conditioning
+from wanjax.conditioning.frames import (
+    control_branch,
+    control_video,
+    given_frames,
+    latent_frames,
+    latent_mask,
+    latent_size,
+)
 from wanjax.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -14,24 +21,24 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def test_official_mask_and_branch():
     golden = np.load(GOLDEN / "official" / "expected.npz")
-    given = conditioning.given_frames("flf2v", 17)
-    mask = conditioning.latent_mask(given[None], 8, 12)
+    given = given_frames("flf2v", 17)
+    mask = latent_mask(given[None], 8, 12)
     np.testing.assert_array_equal(mask[0], np.moveaxis(golden["y_mask"], 0, -1))
-    branch = conditioning.control_branch(mask, jnp.moveaxis(golden["y_latent"], 0, -1)[None])
+    branch = control_branch(mask, jnp.moveaxis(golden["y_latent"], 0, -1)[None])
     np.testing.assert_array_equal(branch[0], np.moveaxis(golden["y"], 0, -1))
 
 
 def test_diffusers_mask():
     condition = np.moveaxis(np.load(GOLDEN / "diffusers" / "expected.npz")["condition"], 1, -1)
     _, f, h, w, _ = condition.shape
-    mask = conditioning.latent_mask(conditioning.given_frames("flf2v", 4 * f - 3)[None], h, w)
+    mask = latent_mask(given_frames("flf2v", 4 * f - 3)[None], h, w)
     np.testing.assert_array_equal(mask, condition[..., :4])
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 33, 81, 121])
 def test_any_length(frames):
-    mask = conditioning.latent_mask(conditioning.given_frames("flf2v", frames)[None], 1, 1)[0, :, 0, 0]
-    expected = np.zeros((conditioning.latent_frames(frames), 4))
+    mask = latent_mask(given_frames("flf2v", frames)[None], 1, 1)[0, :, 0, 0]
+    expected = np.zeros((latent_frames(frames), 4))
     expected[-1, 3] = 1
     expected[0] = 1
     np.testing.assert_array_equal(mask, expected)
@@ -39,7 +46,7 @@ def test_any_length(frames):
 
 def test_tasks():
     def given(*arguments, **options):
-        return np.flatnonzero(conditioning.given_frames(*arguments, **options)).tolist()
+        return np.flatnonzero(given_frames(*arguments, **options)).tolist()
 
     assert given("t2v", 13) == []
     assert given("i2v", 13) == [0]
@@ -51,13 +58,13 @@ def test_tasks():
 def test_mask_of_mixed_tasks():
     given = np.stack(
         [
-            conditioning.given_frames("t2v", 9),
-            conditioning.given_frames("i2v", 9),
-            conditioning.given_frames("continuation", 9, count=4),
-            conditioning.given_frames("interpolation", 9, indices=[2, 5]),
+            given_frames("t2v", 9),
+            given_frames("i2v", 9),
+            given_frames("continuation", 9, count=4),
+            given_frames("interpolation", 9, indices=[2, 5]),
         ]
     )
-    mask = jax.jit(conditioning.latent_mask, static_argnums=(1, 2))(given, 2, 3)
+    mask = jax.jit(latent_mask, static_argnums=(1, 2))(given, 2, 3)
     assert mask.shape == (4, 3, 2, 3, 4)
     expected = [
         [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
@@ -73,7 +80,7 @@ def test_mask_of_mixed_tasks():
 def test_control_video():
     video = jax.random.uniform(jax.random.key(0), (2, 5, 4, 6, 3), minval=-1, maxval=1)
     given = np.array([[1, 0, 0, 0, 1], [1, 1, 0, 0, 0]], bool)
-    control = np.asarray(conditioning.control_video(video, given))
+    control = np.asarray(control_video(video, given))
     np.testing.assert_array_equal(control[given], np.asarray(video)[given])
     np.testing.assert_array_equal(control[~given], 0)
 
@@ -83,23 +90,23 @@ def test_shardings_are_kept():
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "context"))):
         given = jax.device_put(np.ones((4, 5), bool), P("data"))
         latents = jax.device_put(np.ones((4, 2, 2, 4, 16), np.float32), P("data", None, None, "context"))
-        branch = conditioning.control_branch(conditioning.latent_mask(given, 2, 4), latents)
+        branch = control_branch(latent_mask(given, 2, 4), latents)
         assert jax.typeof(branch).sharding.spec == P("data", None, None, "context", None)
         video = jax.device_put(np.ones((4, 5, 4, 6, 3), np.float32), P("data"))
-        control = conditioning.control_video(video, conditioning.given_frames("flf2v", 5)[None])
+        control = control_video(video, given_frames("flf2v", 5)[None])
         assert jax.typeof(control).sharding.spec[0] == "data"
 
 
 def test_branch_has_the_dtype_of_the_latents():
-    mask = conditioning.latent_mask(np.ones((1, 5), bool), 2, 2)
-    branch = conditioning.control_branch(mask, jnp.zeros((1, 2, 2, 2, 16), jnp.bfloat16))
+    mask = latent_mask(np.ones((1, 5), bool), 2, 2)
+    branch = control_branch(mask, jnp.zeros((1, 2, 2, 2, 16), jnp.bfloat16))
     assert branch.dtype == jnp.bfloat16
     assert branch.shape == (1, 2, 2, 2, 20)
 
 
 @pytest.mark.parametrize(("frames", "expected"), [(1, 1), (5, 2), (81, 21), (121, 31)])
 def test_latent_frames(frames, expected):
-    assert conditioning.latent_frames(frames) == expected
+    assert latent_frames(frames) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,12 +114,12 @@ def test_latent_frames(frames, expected):
 )
 def test_wrong_length(frames, advice):
     with pytest.raises(InputError, match=advice):
-        conditioning.latent_frames(frames)
+        latent_frames(frames)
 
 
 def test_latent_size():
-    assert conditioning.latent_size(720, 1280) == (90, 160)
-    assert conditioning.latent_size(64, 96) == (8, 12)
+    assert latent_size(720, 1280) == (90, 160)
+    assert latent_size(64, 96) == (8, 12)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +127,7 @@ def test_latent_size():
 )
 def test_wrong_size(height, width, advice):
     with pytest.raises(InputError, match=advice):
-        conditioning.latent_size(height, width)
+        latent_size(height, width)
 
 
 @pytest.mark.parametrize(
@@ -135,4 +142,4 @@ def test_wrong_size(height, width, advice):
 )
 def test_wrong_task(task, options, message):
     with pytest.raises(InputError, match=message):
-        conditioning.given_frames(task, 9, **options)
+        given_frames(task, 9, **options)

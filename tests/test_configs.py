@@ -7,10 +7,10 @@ import runpy
 
 import pytest
 
-from sharding.report import abstract_shape
 from wanjax.config import TrainConfig, VideoData, load_config
-from wanjax.training import plan
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.report.memory import abstract_shape
+from wanjax.training import checks
+from wanjax.training.objectives.flow_matching import FlowMatching
 
 
 @pytest.mark.parametrize("model", ["flf2v_14b", "flf2v_1_3b"])
@@ -39,6 +39,6 @@ def test_stages(model):
         for topology, mesh in meshes.items():
             shape = abstract_shape(mesh)
             assert math.prod(shape) == math.prod(map(int, topology.split(":")[1].split("x")))
-            plan.check(dataclasses.replace(config, accumulate=1), FlowMatching(config, config.dit), shape)
+            checks.check(dataclasses.replace(config, accumulate=1), FlowMatching(config, config.dit), shape)
         mesh = abstract_shape(config.mesh)
-        plan.check(config, FlowMatching(config, config.dit), mesh)
+        checks.check(config, FlowMatching(config, config.dit), mesh)

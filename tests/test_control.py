@@ -7,13 +7,13 @@ import PIL.Image
 import pytest
 
 from sharding.rules import parameter_sharding
-from wanjax import pipeline
-from wanjax.conditioning import TEMPORAL_FACTOR
+from wanjax.conditioning.frames import TEMPORAL_FACTOR
 from wanjax.config import SampleConfig, ShapesData, TaskMix, TrainConfig
 from wanjax.data.batch import make_batch
-from wanjax.data.shapes import Shapes
-from wanjax.data.sources import open_data
-from wanjax.training import plan
+from wanjax.demo.shapes import Shapes
+from wanjax.sampling import pipeline
+from wanjax.training import checks
+from wanjax.training.data import open_data
 
 CHECKPOINT = "tests/golden/diffusers"
 FRAMES, SIZE = 9, 32
@@ -32,7 +32,7 @@ def test_the_conditions_are_those_of_sampling(tmp_path, task, ends):
     request = pipeline.prepare(SampleConfig(checkpoint=CHECKPOINT, **files, **size))
     assert request.task == task
     with pipeline.placed(request):
-        data = open_data(config, plan.objective(config))
+        data = open_data(config, checks.objective(config))
         batch = data.encode(make_batch(data.source, 0, 1))
         vae = request.checkpoint.load("vae", request.vae, parameter_sharding)
         control, image = np.asarray(pipeline.encode_control(request, vae)), np.asarray(pipeline.encode_images(request))

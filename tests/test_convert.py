@@ -12,13 +12,13 @@ import pytest
 import safetensors.numpy
 
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
-from wanjax.convert import Checkpoint
-from wanjax.convert.layouts import NETWORKS
-from wanjax.convert.load import abstract_model, parameter_shapes, parameters
-from wanjax.convert.mapping import Table, expand, weight
-from wanjax.convert.tensors import TensorInfo
-from wanjax.convert.write import write_tensors
 from wanjax.errors import InputError
+from wanjax.weights import Checkpoint
+from wanjax.weights.layouts import NETWORKS
+from wanjax.weights.load import abstract_model, parameter_shapes, parameters
+from wanjax.weights.mapping import Table, expand, weight
+from wanjax.weights.tensors import TensorInfo
+from wanjax.weights.write import write_tensors
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = ("diffusers", "official")

@@ -27,7 +27,7 @@ from test_convert import (
 )
 from test_convert_refused import refused
 
-from wanjax.convert import Checkpoint, convert, save
+from wanjax.weights import Checkpoint, convert, save
 
 pytestmark = [
     pytest.mark.live,

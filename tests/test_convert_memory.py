@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from wanjax.config import UMT5Config
-from wanjax.convert.layouts import NETWORKS
-from wanjax.convert.load import parameter_shapes
-from wanjax.convert.mapping import expand
-from wanjax.convert.tensors import TensorInfo
-from wanjax.convert.write import write_json, write_tensors
+from wanjax.weights.layouts import NETWORKS
+from wanjax.weights.load import parameter_shapes
+from wanjax.weights.mapping import expand
+from wanjax.weights.tensors import TensorInfo
+from wanjax.weights.write import write_json, write_tensors
 
 # The embedding is half of it and a file by itself, as in a release: the hardest case.
 CONFIG = UMT5Config(vocab_size=65536, dim=768, ffn_dim=2048, num_heads=12, head_dim=64, num_layers=6)
@@ -22,7 +22,7 @@ CONFIG = UMT5Config(vocab_size=65536, dim=768, ffn_dim=2048, num_heads=12, head_
 LOAD = """
 import json, sys
 import jax, jax.numpy as jnp
-from wanjax.convert import Checkpoint
+from wanjax.weights import Checkpoint
 
 folder, dtype, sharded = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
 mesh = jax.make_mesh((8,), ("fsdp",))

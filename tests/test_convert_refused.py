@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 from test_convert import DIT, GOLDEN, LAYOUTS, copy_checkpoint, edit, edit_json, load, shard
 
-from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
+from wanjax.weights import Checkpoint
 
 KEYS = {
     "diffusers": ("blocks.1.attn1.to_q.weight", "blocks.0.ffn.net.2.bias", "proj_out.bias"),

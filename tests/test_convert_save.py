@@ -27,8 +27,8 @@ from test_convert import (
 )
 from test_convert_sharded import fsdp
 
-from wanjax.convert import Checkpoint, convert, save
-from wanjax.convert.layouts import NETWORKS
+from wanjax.weights import Checkpoint, convert, save
+from wanjax.weights.layouts import NETWORKS
 
 OTHER = {"diffusers": "official", "official": "diffusers"}
 EXTRA = "wanjax_extra"

@@ -8,12 +8,12 @@ import pytest
 from test_convert import CLIP, DIT, GOLDEN, UMT5, VAE, copy_checkpoint, edit, edit_json, golden
 from test_convert_save import EXTRA
 
-from wanjax.convert import Checkpoint, convert, save
-from wanjax.convert.__main__ import main
 from wanjax.errors import InputError
+from wanjax.weights import Checkpoint, convert, save
+from wanjax.weights.__main__ import main
 
 # The package's `save` is the function; this is the module that it is in.
-save_module = importlib.import_module("wanjax.convert.save")
+save_module = importlib.import_module("wanjax.weights.save")
 
 
 def assert_nothing_left(folder, *names):

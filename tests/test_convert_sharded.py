@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from test_convert import GOLDEN, assert_same_model, golden
 
-from wanjax.convert import Checkpoint
-from wanjax.convert import load as load_module
-from wanjax.convert.load import parameters
-from wanjax.convert.tensors import copy
+from wanjax.weights import Checkpoint
+from wanjax.weights import load as load_module
+from wanjax.weights.load import parameters
+from wanjax.weights.tensors import copy
 
 
 def fsdp(mesh):

@@ -11,12 +11,11 @@ import pytest
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig
-from wanjax.data import cache
 from wanjax.data.batch import Batches, make_batch
 from wanjax.data.samples import draw_given, dropped
-from wanjax.data.sources import open_data
 from wanjax.errors import InputError
-from wanjax.training import plan
+from wanjax.training import checks, latent_cache
+from wanjax.training.data import open_data
 
 FAST = {"xla_backend_optimization_level": 0}
 CLIPS = ShapesData("all", first_seed=0, count=6)
@@ -46,19 +45,19 @@ def cached(tmp_path_factory):
     folder, file = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("config") / "config.py"
     config = dataclasses.replace(CONFIG, data=CachedData(str(folder / "clips"), CLIPS))
     file.write_text(f"from wanjax.config import *\ndef get_config():\n    return {config!r}\n")
-    old, cache.CLIPS_PER_FILE = cache.CLIPS_PER_FILE, 4
+    old, latent_cache.CLIPS_PER_FILE = latent_cache.CLIPS_PER_FILE, 4
     for process in (1, 0):
         share = ["--processes", "2", "--process-id", str(process)]
-        cache.main(["--config", str(file), "--out", str(folder / "clips"), "--batch", "3", *share])
+        latent_cache.main(["--config", str(file), "--out", str(folder / "clips"), "--batch", "3", *share])
         assert (folder / "clips/index.json").exists() == (process == 0)
-    cache.CLIPS_PER_FILE = old
+    latent_cache.CLIPS_PER_FILE = old
     return config
 
 
 def test_both_ways_give_the_same_loss(mesh, cached):
     losses = []
     for config in (CONFIG, cached):
-        objective = plan.objective(config)
+        objective = checks.objective(config)
         data = open_data(config, objective)
         model = objective.load()
         run = jax.jit(lambda model, batch: objective.loss(model, objective.prepare(batch, jax.random.key(0))))  # noqa: B023
@@ -73,7 +72,7 @@ def test_both_ways_give_the_same_loss(mesh, cached):
 
 
 def test_cache_refuses_other_settings(mesh, cached):
-    objective = plan.objective(CONFIG)
+    objective = checks.objective(CONFIG)
     for change in ({"frames": 9}, {"seed": 1}, {"tasks": dataclasses.replace(TASKS, flf2v=2.0)}):
         with pytest.raises(InputError, match=f"has {next(iter(change))} .* they must agree"):
             open_data(dataclasses.replace(cached, **change), objective)
@@ -109,7 +108,7 @@ def test_dropouts_have_their_shares():
 
 
 def test_captions_are_dropped_to_the_empty_one(mesh):
-    objective = plan.objective(CONFIG)
+    objective = checks.objective(CONFIG)
     data = open_data(CONFIG, objective)
     empty, _ = data.encode.tokenizer([""])
     for index in itertools.islice((i for i in itertools.count() if dropped(CONFIG, i)[0]), 2):

@@ -5,10 +5,10 @@ import pytest
 
 import sample_jax
 from wanjax import demo
-from wanjax.convert import Checkpoint
-from wanjax.data.shapes import Shapes
-from wanjax.images import read_image
-from wanjax.training.evaluate import crossfade, nearest, psnr
+from wanjax.conditioning.images import read_image
+from wanjax.demo.shapes import Shapes
+from wanjax.training.metrics import crossfade, nearest, psnr
+from wanjax.weights import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from flax import nnx
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import DiTConfig
-from wanjax.convert import Checkpoint
 from wanjax.models.dit import DiT, timestep_features, unpatchify
 from wanjax.models.rope import axis_dims, make_rotation, rotate
+from wanjax.weights import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 

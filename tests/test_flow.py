@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from wanjax import flow
+from wanjax.diffusion import flow
 
 SHAPE = (4, 3, 2, 4, 16)  # [b, f, h, w, c]
 

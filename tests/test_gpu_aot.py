@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding import report, sequence_attention
-from sharding.compiled import GPU_OPTIONS, parse, shapes
-from sharding.stages import Shapes
-from sharding.topology import topology_mesh
+from sharding import sequence_attention
+from sharding.xla_options import GPU_OPTIONS
 from wanjax.models.layers import Linear, QuantizedLinear
 from wanjax.ops.kernels import int8fp8_gpu
-from wanjax.quantize import requantized
+from wanjax.report import memory
+from wanjax.report.hlo import parse, shapes
+from wanjax.report.programs import Shapes
+from wanjax.report.topology import topology_mesh
+from wanjax.weights.quantize import requantized
 
 pytestmark = pytest.mark.aot_gpu
 GIB = 2**30
@@ -78,8 +80,8 @@ def test_the_product_is_of_8_bit_numbers(topology, format, product):
 
 
 def programs(config, topology, mesh, only, quantize=None):
-    config, dit, _ = report.load(config)
-    return dict(report.compiled(config, requantized(dit, quantize), topology, mesh, only))
+    config, dit, _ = memory.load(config)
+    return dict(memory.compiled(config, requantized(dit, quantize), topology, mesh, only))
 
 
 def test_a_step_of_sampling_on_eight():

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import flow
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.data.batch import make_batch
 from wanjax.data.synthetic import Synthetic
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.diffusion import flow
+from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import abstract_state
 from wanjax.training.step import gradients, make_step
 

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from wanjax import images
+from wanjax.conditioning import images
 from wanjax.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden/official"

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import sequence_attention
-from sharding.compiled import TPU_OPTIONS, parse, shapes
-from sharding.topology import topology_mesh
+from sharding.xla_options import TPU_OPTIONS
+from wanjax.report.hlo import parse, shapes
+from wanjax.report.topology import topology_mesh
 
 pytestmark = pytest.mark.aot
 

@@ -12,9 +12,9 @@ import PIL.Image
 import pytest
 from test_parameter_counts import COUNTS, count
 
-from wanjax import pipeline
 from wanjax.config import SampleConfig
-from wanjax.convert import Checkpoint
+from wanjax.sampling import pipeline
+from wanjax.weights import Checkpoint
 
 pytestmark = pytest.mark.live
 

@@ -15,10 +15,10 @@ from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
 from sharding.mesh import MeshShape, make_mesh
-from wanjax.checkpoint import Checkpoints
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
 from wanjax.training import loop
+from wanjax.training.checkpoint import Checkpoints
 from wanjax.training.log import Log
 from wanjax.training.state import abstract_state, init_state
 

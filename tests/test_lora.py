@@ -30,13 +30,13 @@ from test_sample import DIFFUSERS, OFFICIAL, flags, refused
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding, shard_parameters
-from wanjax import lora, pipeline
 from wanjax.config import DiTConfig, LoRAConfig
-from wanjax.convert import Checkpoint, save
-from wanjax.convert.lora import METADATA, LoRAFile
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.quantize import quantize
+from wanjax.sampling import pipeline
+from wanjax.weights import Checkpoint, lora, save
+from wanjax.weights.lora_files import METADATA, LoRAFile
+from wanjax.weights.quantize import quantize
 
 
 def attached(rank=4, alpha=None, targets=BLOCKS, dit=None, zero=False):

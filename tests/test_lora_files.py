@@ -16,10 +16,9 @@ from test_dit import load, official_inputs, velocity
 from test_sample import OFFICIAL, flags, refused
 
 import sample_jax
-from wanjax import lora
 from wanjax.config import LoRAConfig
-from wanjax.convert import Checkpoint
-from wanjax.convert.lora import METADATA
+from wanjax.weights import Checkpoint, lora
+from wanjax.weights.lora_files import METADATA
 
 CHECKPOINT = Checkpoint(OFFICIAL)
 CONFIG = CHECKPOINT.config("dit")

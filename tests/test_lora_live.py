@@ -12,8 +12,7 @@ from test_dit import velocity
 from test_lora import close
 
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import lora
-from wanjax.convert import Checkpoint
+from wanjax.weights import Checkpoint, lora
 
 pytestmark = pytest.mark.live
 

@@ -12,19 +12,18 @@ from test_convert import assert_same_model, values
 
 import train_jax
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import lora
-from wanjax.checkpoint import Checkpoints
 from wanjax.config import DiTConfig, LoRAConfig, TrainConfig, VAEConfig
-from wanjax.convert import Checkpoint, save
-from wanjax.convert.load import parameters
 from wanjax.data.batch import make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.training import plan
+from wanjax.training import checks
+from wanjax.training.checkpoint import Checkpoints
 from wanjax.training.export import export
 from wanjax.training.state import abstract_state, init_state, resumed
 from wanjax.training.step import gradients, train_step
+from wanjax.weights import Checkpoint, lora, save
+from wanjax.weights.load import parameters
 
 DIT = DiTConfig(
     dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
@@ -55,7 +54,7 @@ def on(shape):
 def run(config):
     """On a mesh: the compiled step, the batch, the state of step 0 and that after 60 steps, with their losses."""
     with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
-        objective = plan.objective(config)
+        objective = checks.objective(config)
         step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0, compiler_options=FAST)
         batch = make_batch(Synthetic(config, objective.dit, distinct=1), 0, config.batch)
         state = init_state(config, objective)
@@ -83,16 +82,16 @@ def test_overfits_one_sample_and_leaves_the_base_as_it_is(config, run):
     _, _, first, state, losses = run
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]), losses
     assert_same_model(state.frozen, first.frozen)
-    c = dataclasses.replace(plan.network(config))
+    c = dataclasses.replace(checks.network(config))
     assert_same_model(state.frozen, Checkpoint(config.checkpoint).load("dit", c))
 
 
 def test_the_file_has_what_was_learned(config, run):
     """Read beside the checkpoint's weights, it is the trained network to the bit."""
     *_, state, _ = run
-    path = export(config, plan.objective(config), state.best)
+    path = export(config, checks.objective(config), state.best)
     assert path.name == "lora.safetensors"
-    c = plan.network(config)
+    c = checks.network(config)
     read = lora.load(
         Checkpoint(config.checkpoint), dataclasses.replace(c, param_dtype=jnp.float32), lora.parse([str(path)]), False
     )
@@ -104,7 +103,7 @@ def test_the_file_has_what_was_learned(config, run):
 def test_resumes_exactly_and_saves_nothing_frozen(config, run, tmp_path):
     step, batch, _, state, _ = run
     with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
-        checkpoints, objective = Checkpoints(tmp_path), plan.objective(config)
+        checkpoints, objective = Checkpoints(tmp_path), checks.objective(config)
         checkpoints.save(state, 60)
         checkpoints.wait()
         abstract = abstract_state(config, objective)
@@ -128,7 +127,7 @@ def test_gradients_are_the_same_on_one_device(config, remat):
     results = []
     for shape in (MeshShape(), MeshShape(data=2, ring=2, ulysses=2)):
         with on(shape):
-            objective = plan.objective(config)
+            objective = checks.objective(config)
             state = init_state(config, objective)
             rng = np.random.default_rng(0)
             model = jax.tree.map(
@@ -172,7 +171,7 @@ def test_command_line(config, tmp_path, capsys):
 )
 def test_what_is_refused(config, changes, words):
     with pytest.raises(InputError) as caught:
-        plan.objective(dataclasses.replace(config, **changes))
+        checks.objective(dataclasses.replace(config, **changes))
     assert all(word in str(caught.value) for word in words)
 
 
@@ -183,7 +182,7 @@ def test_a_wider_network_starts_from_a_checkpoint(config, tmp_path):
     for adapters in (None, config.lora):
         wider = dataclasses.replace(config, checkpoint=str(tmp_path / "t2v"), dit=DIT, lora=adapters)
         with on(MeshShape()):
-            state = init_state(wider, plan.objective(wider))
+            state = init_state(wider, checks.objective(wider))
             assert state.best.patch_embedding.kernel.shape[3] == 36
             assert not np.any(np.asarray(state.best.blocks.cross_attention.v_image.kernel[...]))
         assert (state.frozen is None) == (adapters is None)

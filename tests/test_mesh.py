@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from sharding.mesh import AXES, MeshShape, make_mesh, parse_mesh, sampling_mesh
-from sharding.topology import topology_mesh
 from wanjax.errors import InputError
+from wanjax.report.topology import topology_mesh
 
 
 @pytest.mark.parametrize(

@@ -10,21 +10,21 @@ import pytest
 
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
+from wanjax.conditioning.frames import to_pixels
+from wanjax.conditioning.text import Tokenizer
 from wanjax.config import CLIPConfig, DiTConfig, ShapesData, TowersConfig, TrainConfig, UMT5Config, VAEConfig
-from wanjax.convert import Checkpoint
 from wanjax.data.batch import make_batch
 from wanjax.data.samples import Pair
-from wanjax.data.shapes import VOCABULARY
-from wanjax.data.sources import open_clips, open_data
-from wanjax.data.vocabulary import vocabulary_size
+from wanjax.demo.shapes import VOCABULARY
+from wanjax.demo.vocabulary import vocabulary_size
 from wanjax.errors import InputError
-from wanjax.text import Tokenizer
+from wanjax.training import checks
 from wanjax.training import export as exports
-from wanjax.training import plan
-from wanjax.training.contrastive import Contrastive
-from wanjax.training.reconstruction import to_pixels
+from wanjax.training.data import open_clips, open_data
+from wanjax.training.objectives.contrastive import Contrastive
 from wanjax.training.state import init_state
 from wanjax.training.step import train_step
+from wanjax.weights import Checkpoint
 
 FAST = {"xla_backend_optimization_level": 0}
 VAE = VAEConfig(
@@ -56,7 +56,7 @@ def mesh():
 
 def learn(config, steps):
     """Losses of `steps` steps on one and the same batch, and the state behind them."""
-    objective = plan.objective(config)
+    objective = checks.objective(config)
     batch = make_batch(open_data(config, objective).source, 0, config.batch)
     state = init_state(config, objective)
     step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0, compiler_options=FAST)
@@ -134,4 +134,4 @@ def test_contrastive_loss_is_two_cross_entropies(mesh):
 def test_refused(change, message):
     config = dataclasses.replace(BASE, workdir="unused", **change)
     with pytest.raises(InputError, match=message):
-        plan.check(config, plan.objective(config), MeshShape())
+        checks.check(config, checks.objective(config), MeshShape())

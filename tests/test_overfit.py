@@ -8,12 +8,12 @@ import numpy as np
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import ShapesData, TaskMix, TrainConfig
-from wanjax.convert import Checkpoint
 from wanjax.data.batch import make_batch
-from wanjax.data.sources import open_data
-from wanjax.training import evaluate, plan
+from wanjax.training import checks, metrics
+from wanjax.training.data import open_data
 from wanjax.training.state import init_state
 from wanjax.training.step import train_step
+from wanjax.weights import Checkpoint
 
 STEPS = 150
 CONFIG = TrainConfig(
@@ -41,11 +41,11 @@ def test_one_clip_is_learned_by_heart():
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
         dit = dataclasses.replace(Checkpoint(CONFIG.encoders).config("dit"), dim=128, ffn_dim=256, num_layers=2)
         config = dataclasses.replace(CONFIG, dit=dit)
-        objective = plan.objective(config)
+        objective = checks.objective(config)
         data = open_data(config, objective)
         batch = data.encode(make_batch(data.source, 0, config.batch))
         step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0)
-        validate = jax.jit(functools.partial(evaluate.validation_losses, objective))
+        validate = jax.jit(functools.partial(metrics.validation_losses, objective))
         state = init_state(config, objective)
         before = np.mean(validate(state.model, batch))
         for _ in range(STEPS):

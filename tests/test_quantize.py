@@ -17,14 +17,14 @@ from test_sample import OFFICIAL, flags
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
-from wanjax import pipeline
 from wanjax.config import DiTConfig, TrainConfig
-from wanjax.convert import Checkpoint, convert, save
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.ops.quantized import DTYPES, matmul, quantize_weight
-from wanjax.quantize import main, quantize
-from wanjax.training import plan
+from wanjax.sampling import pipeline
+from wanjax.training import checks
+from wanjax.weights import Checkpoint, convert, save
+from wanjax.weights.quantize import main, quantize
 
 CASES = [("fp8", None), ("int8", (1, 2))]
 
@@ -154,7 +154,7 @@ def test_bad_flags(changes, words, monkeypatch, tmp_path):
 
 def test_exit_code(tmp_path):
     command = ["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "a"), "--format", "fp8"]
-    done = subprocess.run([sys.executable, "-m", "wanjax.quantize", *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "wanjax.weights.quantize", *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -201,5 +201,5 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(InputError, match=f"is quantised to int8, .* not as {format}; ask for no other format"):
             checkpoint.check("dit", dataclasses.replace(checkpoint.config("dit"), quantize=format))
     with pytest.raises(InputError, match="quantised to int8, which has no gradient"):
-        plan.network(TrainConfig(checkpoint=str(tmp_path / "a")))
+        checks.network(TrainConfig(checkpoint=str(tmp_path / "a")))
     shutil.rmtree(tmp_path / "a")

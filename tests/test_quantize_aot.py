@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding.compiled import TPU_OPTIONS_8_BIT, parse, shapes
-from sharding.stages import Shapes
-from sharding.topology import topology_mesh
+from sharding.xla_options import TPU_OPTIONS_8_BIT
 from wanjax.models.layers import Linear, QuantizedLinear
+from wanjax.report.hlo import parse, shapes
+from wanjax.report.programs import Shapes
+from wanjax.report.topology import topology_mesh
 
 pytestmark = pytest.mark.aot
 AXES = ("embed", "heads")

@@ -10,11 +10,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding import report, stages
-from sharding.compiled import collectives, flops, parse, read, use_tpu_options
 from sharding.mesh import MeshShape, make_mesh
+from sharding.xla_options import use_tpu_options
 from wanjax.config import DiTConfig, SampleConfig
 from wanjax.errors import InputError
+from wanjax.report import memory, programs
+from wanjax.report.hlo import collectives, flops, parse, read
 
 GIB = 2**30
 LAYERS, TOKENS, WIDTH = 5, 64, 32
@@ -60,7 +61,7 @@ def test_work_is_shared_evenly(mesh):
     def operations(shape):
         real = make_mesh(shape, jax.devices()[: shape.sequence])
         with jax.set_mesh(real):
-            return read(stages.denoise_step(video, network, stages.Shapes(real)).lower().compile()).flops
+            return read(programs.denoise_step(video, network, programs.Shapes(real)).lower().compile()).flops
 
     assert operations(mesh) * 8 == pytest.approx(operations(MeshShape()), rel=0.05)
 
@@ -155,10 +156,10 @@ STAGES = ("train_flf2v_14b_stage1", "train_flf2v_1_3b_stage1")
 @pytest.mark.parametrize("name", CONFIGS + TRAINING + STAGES)
 def test_every_mesh_of_every_configuration(name, capsys):
     path = f"configs/{name}.py"
-    report.main(["--config", path])
+    memory.main(["--config", path])
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert path in head
-    assert len(rows) == len(report.load(path)[2]) > 0
+    assert len(rows) == len(memory.load(path)[2]) > 0
 
 
 def test_the_users_options_of_libtpu_come_last(monkeypatch):
@@ -170,7 +171,7 @@ def test_the_users_options_of_libtpu_come_last(monkeypatch):
 
 
 def test_weights_are_counted_to_the_byte(capsys):
-    report.main(["--config", "configs/train_flf2v_14b_720p.py", "--mesh", "fsdp=16,ulysses=4"])
+    memory.main(["--config", "configs/train_flf2v_14b_720p.py", "--mesh", "fsdp=16,ulysses=4"])
     header, row = (re.split(r"\s+", line.strip()) for line in capsys.readouterr().out.splitlines()[1:])
     columns = dict(zip(header, map(float, row[1:]), strict=True))
     parameters = 16_395_536_704  # tests/test_parameter_counts.py
@@ -180,7 +181,7 @@ def test_weights_are_counted_to_the_byte(capsys):
 
 def test_estimate_of_activations_is_near_the_compilers():
     """Compiled for v6e:2x4, the DiT step's peak is 8.61 GiB, 6.59 of it arguments (docs/memory.md)."""
-    assert report.working_bytes(18900, DiTConfig()) / GIB == pytest.approx(8.61 - 6.59, rel=0.05)
+    assert memory.working_bytes(18900, DiTConfig()) / GIB == pytest.approx(8.61 - 6.59, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -197,15 +198,15 @@ def test_estimate_of_activations_is_near_the_compilers():
 )
 def test_bad_input(arguments, message):
     with pytest.raises(InputError, match=message) as error:
-        report.main(arguments)
+        memory.main(arguments)
     assert "\n" not in str(error.value)
 
 
 def test_8_bits_are_counted(capsys):
     weights = []
     for flags in ([], ["--quantize", "fp8"]):
-        report.main(["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=2,ulysses=4", *flags])
+        memory.main(["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=2,ulysses=4", *flags])
         weights.append(float(capsys.readouterr().out.splitlines()[2].split()[1]))
     assert 0.5 * weights[0] <= weights[1] <= 0.6 * weights[0]
     with pytest.raises(InputError, match="a config for sampling"):
-        report.main(["--config", "configs/train_flf2v_14b_720p.py", "--quantize", "fp8"])
+        memory.main(["--config", "configs/train_flf2v_14b_720p.py", "--quantize", "fp8"])

@@ -13,14 +13,13 @@ from test_convert import values
 
 import train_jax
 from sharding.mesh import MeshShape, make_mesh
-from wanjax.checkpoint import Checkpoints
 from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig
-from wanjax.convert import Checkpoint
-from wanjax.data import cache
-from wanjax.training import loop, plan
+from wanjax.training import checks, latent_cache, loop
 from wanjax.training import step as steps
+from wanjax.training.checkpoint import Checkpoints
 from wanjax.training.export import rounded
 from wanjax.training.state import abstract_state
+from wanjax.weights import Checkpoint
 
 CLIPS = ShapesData("all", first_seed=0, count=5)
 CONFIG = TrainConfig(
@@ -54,7 +53,7 @@ def configs(tmp_path_factory):
     files = {"pixels": write("pixels", CONFIG)}
     cached = dataclasses.replace(CONFIG, data=CachedData(str(folder / "clips"), CLIPS))
     files["cached"] = write("cached", cached)
-    cache.main(["--config", files["cached"], "--out", str(folder / "clips"), "--batch", "8"])
+    latent_cache.main(["--config", files["cached"], "--out", str(folder / "clips"), "--batch", "8"])
     return files
 
 
@@ -111,7 +110,7 @@ def assert_average_is_exported(workdir):
     """`model` has the averaged weights of the last checkpoint, and these are not the weights."""
     with jax.set_mesh(make_mesh(MeshShape(data=8))):
         checkpoints = Checkpoints(workdir)
-        state, _ = checkpoints.restore(abstract_state(CONFIG, plan.objective(CONFIG)))
+        state, _ = checkpoints.restore(abstract_state(CONFIG, checks.objective(CONFIG)))
         checkpoints.close()
     assert int(state.step) == CONFIG.steps
     exported = Checkpoint(workdir / "model")

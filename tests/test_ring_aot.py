@@ -6,9 +6,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding import sequence_attention
-from sharding.compiled import TPU_OPTIONS, parse
 from sharding.local import local_attention
-from sharding.topology import topology_mesh
+from sharding.xla_options import TPU_OPTIONS
+from wanjax.report.hlo import parse
+from wanjax.report.topology import topology_mesh
 
 pytestmark = pytest.mark.aot
 TOPOLOGIES = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]

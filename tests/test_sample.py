@@ -12,10 +12,10 @@ import pytest
 import safetensors.numpy
 
 import sample_jax
-from wanjax import pipeline
-from wanjax.convert import Checkpoint, save
 from wanjax.errors import InputError
-from wanjax.quantize import in_8_bits
+from wanjax.sampling import pipeline
+from wanjax.weights import Checkpoint, save
+from wanjax.weights.quantize import in_8_bits
 
 GOLDEN = Path(__file__).parent / "golden"
 DIFFUSERS, OFFICIAL = GOLDEN / "diffusers", GOLDEN / "official"

@@ -10,15 +10,15 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from wanjax.data import select
 from wanjax.data.manifest import read_manifest, write_manifest
-from wanjax.data.score_log import ScoreLog
-from wanjax.data.scores import Distance, find_cuts, find_duplicates, fingerprint, score
-from wanjax.data.select import Criteria, Reason, judge
-from wanjax.data.shapes import Shapes, caption
 from wanjax.data.videos import Videos
+from wanjax.demo.shapes import Shapes, caption
 from wanjax.errors import InputError
 from wanjax.media import write_video
+from wanjax.selection import select
+from wanjax.selection.score_log import ScoreLog
+from wanjax.selection.scores import Distance, find_cuts, find_duplicates, fingerprint, score
+from wanjax.selection.select import Criteria, Reason, judge
 
 CHECKPOINT = Path(__file__).parent / "golden/diffusers"
 

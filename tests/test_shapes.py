@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from wanjax.data.shapes import SHAPES, VOCABULARY, Shapes, caption, describe, draw_scene, render
+from wanjax.demo.shapes import SHAPES, VOCABULARY, Shapes, caption, describe, draw_scene, render
 from wanjax.errors import InputError
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wanjax import solvers
+from wanjax.diffusion import solvers
 from wanjax.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden"

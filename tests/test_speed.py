@@ -7,7 +7,7 @@ import pytest
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.data.batch import Encoded
-from wanjax.training import plan
+from wanjax.training import checks
 from wanjax.training.speed import operations, peak, step_operations
 
 
@@ -28,7 +28,7 @@ def test_operations_of_loops_convolutions_and_branches():
 def test_a_step_of_the_full_model_on_a_mesh():
     """A forward of 75,600 tokens takes 6.55 PFLOP, 71% of which are self-attention: 4 x 40 x 75600^2 x 5120."""
     config = TrainConfig(dit=DiTConfig(), height=720, width=1280, frames=81, batch=2, remat="block")
-    objective = plan.objective(config)
+    objective = checks.objective(config)
     shapes = ((2, 21, 90, 160, 16), (2, 512, 4096), (2, 514, 1280), (2, 21, 90, 160, 20))
     batch = Encoded(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     assert objective.unit == "tokens"

@@ -12,12 +12,12 @@ from test_dit import close
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
 from wanjax.config import DiTConfig
-from wanjax.convert import Checkpoint, save
-from wanjax.convert.load import parameter_shapes, parameters
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.quantize import quantize
-from wanjax.training.start import load_start, start_config
+from wanjax.training.initialize import load_start, start_config
+from wanjax.weights import Checkpoint, save
+from wanjax.weights.load import parameter_shapes, parameters
+from wanjax.weights.quantize import quantize
 
 T2V = Checkpoint(GOLDEN / "diffusers_t2v")
 FLF2V = dataclasses.replace(T2V.config("dit"), in_channels=36, image_dim=40, image_positions=10)

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from wanjax.convert import Checkpoint
+from wanjax.conditioning.text import NEGATIVE_PROMPTS, Tokenizer, clean, encode_text
 from wanjax.errors import InputError
-from wanjax.text import NEGATIVE_PROMPTS, Tokenizer, clean, encode_text
+from wanjax.weights import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = GOLDEN / "official/google/umt5-xxl"
@@ -76,7 +76,7 @@ def test_no_network_and_no_transformers(monkeypatch):
     monkeypatch.setattr(socket, "socket", refuse)
     assert Tokenizer(TOKENIZER)(["a"])[1].sum() > 1
     monkeypatch.undo()
-    program = "import sys, wanjax.text; sys.exit('transformers' in sys.modules)"
+    program = "import sys, wanjax.conditioning.text; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

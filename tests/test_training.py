@@ -14,8 +14,8 @@ from wanjax.config import DiTConfig, TrainConfig
 from wanjax.data.batch import Batches, make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
-from wanjax.training import plan
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.training import checks
+from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import _learning_rate, abstract_state, init_state
 from wanjax.training.step import train_step
 
@@ -46,7 +46,7 @@ def mesh():
 @pytest.fixture(scope="module")
 def run(mesh):
     """A compiled step in bfloat16, and the state of step 0 on the host, as the step overwrites what it is given."""
-    objective = plan.objective(CONFIG)
+    objective = checks.objective(CONFIG)
     assert objective.dit.dtype == jnp.bfloat16
     state = init_state(CONFIG, objective)
     batch = make_batch(Synthetic(CONFIG, objective.dit, distinct=1), 0, CONFIG.batch)
@@ -61,7 +61,7 @@ def place(host, like):
 
 def test_state_is_sharded_from_the_start(mesh, run):
     _, _, host, _ = run
-    abstract = abstract_state(CONFIG, plan.objective(CONFIG))
+    abstract = abstract_state(CONFIG, checks.objective(CONFIG))
     arrays = [leaf for leaf in jax.tree.leaves(abstract) if leaf.ndim]
     assert all(leaf.dtype == jnp.float32 for leaf in arrays)
     assert len(arrays) == 4 * len(jax.tree.leaves(host.model))  # weights, their average and two moments
@@ -71,7 +71,7 @@ def test_state_is_sharded_from_the_start(mesh, run):
 
 def test_overfits_one_sample(mesh, run):
     step, _, host, batch = run
-    state = place(host, abstract_state(CONFIG, plan.objective(CONFIG)))
+    state = place(host, abstract_state(CONFIG, checks.objective(CONFIG)))
     losses = []
     for _ in range(60):
         before = state
@@ -81,7 +81,7 @@ def test_overfits_one_sample(mesh, run):
     assert all(x.is_deleted() for x in jax.tree.leaves(before.model))  # donated
     assert int(state.step) == 60
     for new, old in zip(
-        jax.tree.leaves(state), jax.tree.leaves(abstract_state(CONFIG, plan.objective(CONFIG))), strict=True
+        jax.tree.leaves(state), jax.tree.leaves(abstract_state(CONFIG, checks.objective(CONFIG))), strict=True
     ):
         assert new.sharding == old.sharding
         assert new.dtype == old.dtype
@@ -90,7 +90,7 @@ def test_overfits_one_sample(mesh, run):
 
 def test_a_step_that_is_not_finite_changes_nothing(mesh, run):
     step, _, host, batch = run
-    state = place(host, abstract_state(CONFIG, plan.objective(CONFIG)))
+    state = place(host, abstract_state(CONFIG, checks.objective(CONFIG)))
     state, metrics = step(state, batch._replace(text=batch.text * jnp.nan))
     assert not metrics.finite
     for new, old in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(host), strict=True):
@@ -141,13 +141,13 @@ def test_bad_input(monkeypatch, flags, message):
 
 def test_heads_that_ulysses_does_not_divide():
     with pytest.raises(InputError, match="ulysses=8 cannot split 12"):
-        plan.check(CONFIG, FlowMatching(CONFIG, dataclasses.replace(DIT, num_heads=12)), MeshShape(ulysses=8))
+        checks.check(CONFIG, FlowMatching(CONFIG, dataclasses.replace(DIT, num_heads=12)), MeshShape(ulysses=8))
 
 
 def test_too_few_steps_for_the_learning_rate_to_rise_and_fall():
     config = dataclasses.replace(CONFIG, steps=8, warmup=4, cooldown=5)
     with pytest.raises(InputError, match="use --steps 9 or more"):
-        plan.check(config, FlowMatching(config, DIT), MeshShape())
+        checks.check(config, FlowMatching(config, DIT), MeshShape())
 
 
 @pytest.mark.parametrize("cooldown", [0, 5])
@@ -165,7 +165,7 @@ def test_the_average_follows_its_formula(mesh, run, start):
     average = [np.float64(x) for x in jax.tree.leaves(host.model)]
     for ours, wanted in zip(jax.tree.leaves(host.ema), average, strict=True):
         np.testing.assert_array_equal(ours, wanted)
-    state = place(host, abstract_state(CONFIG, plan.objective(CONFIG)))
+    state = place(host, abstract_state(CONFIG, checks.objective(CONFIG)))
     state = dataclasses.replace(state, step=jax.device_put(np.int32(start), state.step.sharding))
     for n in range(start, start + 4):
         state, _ = step(state, batch)
@@ -185,7 +185,7 @@ def test_muon_updates_kernels_and_leaves_the_mesh_alone(mesh, run):
     """Every kernel's update is orthogonal: its singular values are about as large as one another."""
     _, _, _host, batch = run
     config = dataclasses.replace(CONFIG, optimizer="muon", learning_rate=0.02, weight_decay=0.0)
-    objective = plan.objective(config)
+    objective = checks.objective(config)
     state = init_state(config, objective)
     step = jax.jit(functools.partial(train_step, config, objective), compiler_options=FAST)
     new, metrics = step(state, batch)

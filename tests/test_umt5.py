@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from wanjax.conditioning.text import Tokenizer
 from wanjax.config import UMT5Config
-from wanjax.convert import Checkpoint
 from wanjax.models.umt5 import UMT5Encoder, relative_buckets
-from wanjax.text import Tokenizer
+from wanjax.weights import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 encode = jax.jit(lambda encoder, ids, mask: encoder(ids, mask))

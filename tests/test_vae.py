@@ -11,12 +11,12 @@ import pytest
 from flax import nnx
 
 from wanjax.config import VAEConfig
-from wanjax.convert import Checkpoint
 from wanjax.errors import InputError
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Norm, _conv3d, _taps, conv
 from wanjax.models.vae_tiling import decode_tiled, encode_tiled
 from wanjax.ops.conv import conv2d
+from wanjax.weights import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = VAEConfig(dim=4, num_res_blocks=1, dim_mult=(1, 2), temporal_downsample=(True,))  # 2x2 in space, 2 in time

@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from sharding.compiled import read
 from sharding.mesh import AXES, MeshShape, make_mesh
 from sharding.rules import pictures_spec, shard_parameters, split_pictures
 from wanjax.config import VAEConfig
 from wanjax.models.vae import VAE
 from wanjax.models.vae_tiling import decode_tiled, encode_tiled
+from wanjax.report.hlo import read
 
 # 2x2 in space, 2 in time. Every kind of block, few of each.
 CONFIG = VAEConfig(dim=8, num_res_blocks=0, dim_mult=(1, 1), temporal_downsample=(True,))

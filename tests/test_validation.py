@@ -12,15 +12,15 @@ import pytest
 import train_jax
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import constrain
+from wanjax.conditioning.frames import to_pixels
 from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig, VAEConfig
 from wanjax.data.batch import make_batch
-from wanjax.data.shapes import Shapes
-from wanjax.data.sources import Data, open_data
+from wanjax.demo.shapes import Shapes
 from wanjax.errors import InputError
-from wanjax.training import evaluate, plan
-from wanjax.training.flow_matching import Noised
+from wanjax.training import checks, metrics
+from wanjax.training.data import Data, open_data
 from wanjax.training.log import Log
-from wanjax.training.reconstruction import to_pixels
+from wanjax.training.objectives.flow_matching import Noised
 from wanjax.training.validation import open_validation
 
 CONFIG = TrainConfig(
@@ -50,14 +50,14 @@ def mesh():
 
 def test_losses_and_samples_of_the_dit(mesh, tmp_path):
     config = dataclasses.replace(CONFIG, workdir=str(tmp_path))
-    objective = plan.objective(config)
+    objective = checks.objective(config)
     validation = open_validation(config, objective, open_data(config, objective))
     model = objective.load()
     with Log(tmp_path, 0) as log:
         assert validation(1, model, log) == {}
         losses, everything = validation(2, model, log), validation(4, model, log)
     assert {name: everything[name] for name in losses} == losses  # the same clips and noise
-    assert len(losses) == 1 + len(evaluate.SIGMAS)
+    assert len(losses) == 1 + len(metrics.SIGMAS)
 
     # By definition: batches of two clips, nothing dropped, noise of the batch's number.
     tasks = dataclasses.replace(config.tasks, caption_dropout=0.0, image_dropout=0.0)
@@ -78,10 +78,10 @@ def test_losses_and_samples_of_the_dit(mesh, tmp_path):
     clips = Shapes(100, 5, 5, 32, "different")
     truth = validation.sampler.truth[1]
     assert any(np.array_equal(truth, clips[i].video) for i in range(5))
-    assert evaluate.psnr(np.stack(shown)[:, 32:, :32], truth) > 20  # on the left the true clips
+    assert metrics.psnr(np.stack(shown)[:, 32:, :32], truth) > 20  # on the left the true clips
     ours = np.stack(shown)[:, 32:, 32:]
     assert {"samples/end_frame_psnr", "samples/end_frame_ssim", "samples/between_psnr"} < set(everything)
-    assert evaluate.psnr(ours[1:-1], truth[1:-1]) == pytest.approx(everything["samples/between_psnr"], abs=5)
+    assert metrics.psnr(ours[1:-1], truth[1:-1]) == pytest.approx(everything["samples/between_psnr"], abs=5)
 
 
 def test_loss_of_a_vae(mesh, tmp_path):
@@ -90,7 +90,7 @@ def test_loss_of_a_vae(mesh, tmp_path):
     )
     change = {"checkpoint": None, "vae": vae, "snippet": (5, 16, 16), "sample_every": 0, "kl_weight": 0.0}
     config = dataclasses.replace(CONFIG, workdir=str(tmp_path), **change)
-    objective = plan.objective(config)
+    objective = checks.objective(config)
 
     class Grey:
         """A VAE that answers with nothing but grey."""
@@ -121,11 +121,11 @@ def test_loss_of_a_vae(mesh, tmp_path):
 def test_refused(change, message):
     config = dataclasses.replace(CONFIG, workdir="unused", **change)
     with pytest.raises(InputError, match=message):
-        plan.check(config, plan.objective(config), MeshShape())
+        checks.check(config, checks.objective(config), MeshShape())
 
 
 def test_samples_without_encoders_are_refused(mesh):
-    objective = plan.objective(CONFIG)
+    objective = checks.objective(CONFIG)
     held_out = CachedData("nowhere", of=CONFIG.validation)
     config = dataclasses.replace(CONFIG, checkpoint=None, dit=objective.dit, validation=held_out, validate_every=0)
     with pytest.raises(InputError, match="no encoders; a checkpoint with vae, umT5 and CLIP is needed"):
@@ -154,5 +154,5 @@ def test_structural_similarity():
         covariance = (weights * (a - mean_a) * (b - mean_b)).sum()
         luminance = (2 * mean_a * mean_b + 2.55**2) / (mean_a**2 + mean_b**2 + 2.55**2)
         values.append(luminance * (2 * covariance + 7.65**2) / (variance + 7.65**2))
-    assert evaluate.ssim(video, truth) == pytest.approx(np.mean(values), rel=1e-9)
-    assert evaluate.ssim(truth, truth) == pytest.approx(1)
+    assert metrics.ssim(video, truth) == pytest.approx(np.mean(values), rel=1e-9)
+    assert metrics.ssim(truth, truth) == pytest.approx(1)

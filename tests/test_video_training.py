@@ -9,10 +9,9 @@ from test_videos import encode, gray, sound
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import CachedData, TaskMix, TrainConfig, VideoData
-from wanjax.data import cache
 from wanjax.data.batch import Batches
-from wanjax.data.sources import open_data
-from wanjax.training import plan
+from wanjax.training import checks, latent_cache
+from wanjax.training.data import open_data
 
 LEVELS = {"even.mp4": 60, "odd.mp4": 100, "other.mp4": 140, "short.mp4": 180, "unsteady.mp4": 220}
 """Grey of the files that can be used."""
@@ -71,11 +70,11 @@ def test_both_ways_give_the_same_samples(folder, tmp_path, monkeypatch, capsys, 
     pixels = config(VideoData(str(folder)))
     cached = config(CachedData(str(tmp_path / "cache"), pixels.data))
     (tmp_path / "config.py").write_text(f"from wanjax.config import *\ndef get_config():\n    return {cached!r}\n")
-    cache.main(["--config", str(tmp_path / "config.py"), "--out", cached.data.path, "--batch", "4"])
+    latent_cache.main(["--config", str(tmp_path / "config.py"), "--out", cached.data.path, "--batch", "4"])
     said()
 
     with jax.set_mesh(make_mesh(MeshShape(), devices)):
-        objective = plan.objective(pixels)
+        objective = checks.objective(pixels)
         direct, stored = open_data(pixels, objective), open_data(cached, objective)
         seen, given = set(), set()
         for number, (ours, theirs) in enumerate(

@@ -175,19 +175,19 @@ class SampleConfig:
     mesh: str | None = None  # as `sharding.mesh.parse_mesh` takes it; None: `sharding.mesh.sampling_mesh` chooses
     quantize: Literal["off", "fp8", "int8"] | None = None  # of the DiT's blocks; None: as the checkpoint is
     attention: Attention = "auto"  # of the DiT's self-attention; see `wanjax.ops.attention.kernel`
-    cache: str | None = None  # off, fixed:K, teacache:T or magcache:T; see `wanjax.caching`; None: off
+    cache: str | None = None  # off, fixed:K, teacache:T or magcache:T; see `wanjax.diffusion.caching`; None: off
     cfg_cache: str | None = None  # off, or K: the unconditional branch at every K-th step; None: off
-    calibration: str | None = None  # file of `python -m wanjax.calibrate`, for teacache and magcache
-    fast: bool = False  # `wanjax.caching.FAST` where the three above are None
-    lora: tuple[str, ...] = ()  # PATH or PATH:strength each; see `wanjax.lora`
+    calibration: str | None = None  # file of `python -m wanjax.sampling.calibrate`, for teacache and magcache
+    fast: bool = False  # `wanjax.diffusion.caching.FAST` where the three above are None
+    lora: tuple[str, ...] = ()  # PATH or PATH:strength each; see `wanjax.weights.lora`
     lora_merge: bool | None = None  # into the weights; None: if these are not stored in 8 bits
-    compile_cache: str | None = None  # folder, or off; None: see `wanjax.programs.cache_folder`
+    compile_cache: str | None = None  # folder, or off; None: see `wanjax.sampling.compile_cache.cache_folder`
     note: str | None = None  # printed before sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adapters to train; see `wanjax.lora`.
+    """Low-rank adapters to train; see `wanjax.weights.lora`.
 
     `targets` are parts of layers' names: "self_attention" is its q, k, v and o, "q" the queries of both attentions,
     "cross_attention.k_image" one layer, "text_embedding" two. The default is every matrix of the blocks.
@@ -209,7 +209,7 @@ class SyntheticData:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesData:
-    """The demo's procedural clips of the seeds from `first_seed` on, see `wanjax.data.shapes`."""
+    """The demo's procedural clips of the seeds from `first_seed` on, see `wanjax.demo.shapes`."""
 
     kind: Literal["all", "different", "fine", "heart"]
     first_seed: int
@@ -225,7 +225,7 @@ class VideoData:
 
 @dataclasses.dataclass(frozen=True)
 class CachedData:
-    """Clips encoded before the run, in a folder that `python -m wanjax.data.cache` writes from the clips `of`."""
+    """Clips encoded before the run: a folder that `wanjax.training.latent_cache` wrote from the clips `of`."""
 
     path: str
     of: ShapesData | VideoData
@@ -236,8 +236,8 @@ Data = SyntheticData | ShapesData | VideoData | CachedData
 
 @dataclasses.dataclass(frozen=True)
 class TaskMix:
-    """What a sample's model is given, drawn for each one: weights of the tasks (see `wanjax.conditioning`), which need
-    not sum to one.
+    """What a sample's model is given, drawn for each one: weights of the tasks (see `wanjax.conditioning.frames`),
+    which need not sum to one.
 
     Continuation is given 2 to `max_count` of the first frames; interpolation, 2 to `max_given` frames anywhere.
     `caption_dropout` is the share of samples whose caption is empty, for guidance; `image_dropout`, of those whose CLIP
@@ -264,7 +264,7 @@ class TaskMix:
 
 @dataclasses.dataclass(frozen=True)
 class TowersConfig:
-    """A text encoder and a CLIP vision tower that learn from one another, see `wanjax.training.contrastive`.
+    """A text encoder and a CLIP vision tower that learn from one another, see `wanjax.training.objectives.contrastive`.
 
     `words` are all that the text encoder knows, `text_len` the length it is trained at, `width` that of the space that
     both are projected to.
@@ -319,7 +319,7 @@ class TrainConfig:
         256,
     )  # VAE: frames (4n + 1), height and width that it learns from at a time
     kl_weight: float = 1e-4  # VAE: of the latents' divergence from N(0, 1), per latent number
-    sigma_mean: float = 0.0  # of the normal under the sigmoid, see `wanjax.flow`
+    sigma_mean: float = 0.0  # of the normal under the sigmoid, see `wanjax.diffusion.flow`
     sigma_std: float = 1.0
     shift: float = 3.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights and optimiser are float32

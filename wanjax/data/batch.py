@@ -22,8 +22,8 @@ class Pixels(NamedTuple):
     """A clip and what is to be made of it; a batch of them is the same with a leading batch axis, on the mesh.
 
     video: uint8 `[F, H, W, 3]`.
-    given: bool `[F]`, the frames that the model is given, see `wanjax.conditioning`.
-    ids, mask: tokens of the caption `[l]` and which of them are text, see `wanjax.text.Tokenizer`.
+    given: bool `[F]`, the frames that the model is given, see `wanjax.conditioning.frames`.
+    ids, mask: tokens of the caption `[l]` and which of them are text, see `wanjax.conditioning.text.Tokenizer`.
     clip: the first and the last given frame as CLIP takes them, float32 `[2, s, s, 3]`; None for a network without
       images.
     has_image: bool `[2]`, whether each of the two is there.
@@ -43,7 +43,7 @@ class Encoded(NamedTuple):
     latents: of the VAE, normalised, `[f, h, w, c]`.
     text: umT5 features `[l, text_dim]`, zero rows behind the caption.
     image: CLIP features of the given frames one after the other `[l, image_dim]`; None for a network without images.
-    control: control branch `[f, h, w, 4 + c]`, see `wanjax.conditioning`; None for a network without one.
+    control: control branch `[f, h, w, 4 + c]`, see `wanjax.conditioning.frames`; None for a network without one.
     """
 
     latents: Any

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wanjax import conditioning, images
+from wanjax.conditioning import images
+from wanjax.conditioning.frames import given_frames
+from wanjax.conditioning.text import Tokenizer
 from wanjax.config import TaskMix, TrainConfig
 from wanjax.data.batch import Pixels
 from wanjax.data.buckets import Order
 from wanjax.data.clip import Clips
 from wanjax.errors import InputError
-from wanjax.text import Tokenizer
 
 
 class Snippet(NamedTuple):
@@ -74,7 +75,7 @@ def draw_given(tasks: TaskMix, frames: int, rng: np.random.Generator) -> np.ndar
     if task == "interpolation":
         most = min(tasks.max_given, frames)
         indices = rng.choice(frames, size=int(rng.integers(min(2, most), most + 1)), replace=False).tolist()
-    return conditioning.given_frames(task, frames, count=min(count, frames - 1), indices=indices)
+    return given_frames(task, frames, count=min(count, frames - 1), indices=indices)
 
 
 class TaskSamples:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from wanjax import conditioning
+from wanjax.conditioning.frames import given_frames, latent_frames, latent_mask, latent_size
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.data.batch import Encoded
 
@@ -23,10 +23,10 @@ class Synthetic:
     """
 
     def __init__(self, config: TrainConfig, dit: DiTConfig, distinct: int | None = None):
-        frames = conditioning.latent_frames(config.frames)
-        self.shape = (frames, *conditioning.latent_size(config.height, config.width), dit.out_channels)
-        given = conditioning.given_frames(dit.task, config.frames)  # [F]
-        self.mask = np.asarray(conditioning.latent_mask(given[None], *self.shape[1:3]))[0]  # [f, h, w, 4]
+        frames = latent_frames(config.frames)
+        self.shape = (frames, *latent_size(config.height, config.width), dit.out_channels)
+        given = given_frames(dit.task, config.frames)  # [F]
+        self.mask = np.asarray(latent_mask(given[None], *self.shape[1:3]))[0]  # [f, h, w, 4]
         self.dit, self.seed, self.distinct = dit, config.seed, distinct
 
     def __getitem__(self, index: int) -> Encoded:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from wanjax.conditioning.images import SIZE_STEP
 from wanjax.data.clip import Clip, UnusableClip
 from wanjax.data.decode import TOLERANCE, Damaged, Facts, decode, probe
 from wanjax.data.manifest import Row, read_manifest
 from wanjax.errors import InputError
-from wanjax.images import SIZE_STEP
 
 RATIOS = (Fraction(16, 9), Fraction(4, 3), Fraction(1), Fraction(3, 4), Fraction(9, 16))  # width / height
 LARGEST = 4096  # root of the largest area: all sizes up to it are compared
@@ -31,7 +31,7 @@ class Videos:
     """`Clips` of a manifest's videos. Clip `index` is row `index`, usable or not, so that numbers never shift.
 
     Frame k of a clip is the picture that is shown `k / fps` seconds behind its start. Nothing is opened before it is
-    asked for; what a header says is asked once and kept. A manifest that `wanjax.data.select` wrote says it itself
+    asked for; what a header says is asked once and kept. A manifest that `wanjax.selection.select` wrote says it itself
     (columns `height`, `width`, `seconds`), then files are opened only to be decoded.
 
     Attributes:

@@ -1,7 +1,7 @@
 """The demo: a small model in the Diffusers layout, trained by this project on procedural clips (docs/training.md).
 
 It fills in 17 frames of 64x64 between two frames like `first.png` and `last.png`, told what happens in between in words
-of `wanjax.data.shapes.VOCABULARY`.
+of `wanjax.demo.shapes.VOCABULARY`.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from wanjax.convert import Checkpoint
-from wanjax.data.shapes import Shapes
 from wanjax.demo import FOLDER, SEED
+from wanjax.demo.shapes import Shapes
 from wanjax.errors import InputError
+from wanjax.weights import Checkpoint
 
 
 def publish(source: Path, target: Path = FOLDER) -> None:

@@ -35,7 +35,7 @@ class CLIPVision(nnx.Module):
         """Features of the last block but one, without the closing norm.
 
         Args:
-          pixels: `[b, H, W, 3]`, H = W = image_size, normalised as `wanjax.images.clip_pixels` does.
+          pixels: `[b, H, W, 3]`, H = W = image_size, normalised as `wanjax.conditioning.images.clip_pixels` does.
 
         Returns:
           `[b, 1 + n, e]` in the config's dtype: the class token, then the patches row by row.

@@ -55,7 +55,7 @@ class LowRank(nnx.Module):
 class Linear(nnx.Module):
     """`x @ kernel + bias`, computed in the dtype of `x`. Kernel `[in, out]`, bias `[out]`.
 
-    `lora` is what `wanjax.lora` adds to the product.
+    `lora` is what `wanjax.weights.lora` adds to the product.
 
     Args:
       in_dim, out_dim: sizes of the contracted and of the new last axis.

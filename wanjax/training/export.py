@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wanjax import lora
+from wanjax.conditioning.frames import to_pixels
 from wanjax.config import TrainConfig
-from wanjax.convert import Checkpoint, save
-from wanjax.convert.mapping import NetworkName
 from wanjax.data.clip import Clips
-from wanjax.data.sources import open_clips
 from wanjax.models.vae import VAE
-from wanjax.training.contrastive import Contrastive
-from wanjax.training.objective import Objective
-from wanjax.training.reconstruction import Reconstruction, to_pixels
+from wanjax.training.data import open_clips
+from wanjax.training.objectives.base import Objective
+from wanjax.training.objectives.contrastive import Contrastive
+from wanjax.training.objectives.reconstruction import Reconstruction
+from wanjax.weights import Checkpoint, lora, save
+from wanjax.weights.mapping import NetworkName
 
 CLIPS = 256
 """That the statistics of a VAE's latents are taken from."""
@@ -39,7 +39,7 @@ def export(config: TrainConfig, objective: Objective, model: Any) -> Path:
       The folder or the file; it appears when it is complete.
 
     Raises:
-      InputError: as `wanjax.convert.save`.
+      InputError: as `wanjax.weights.save`.
     """
     assert config.workdir is not None
     if config.lora is not None:

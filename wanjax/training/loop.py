@@ -16,12 +16,12 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sharding.distributed import is_main
-from wanjax.checkpoint import Checkpoints
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
 from wanjax.training import speed
+from wanjax.training.checkpoint import Checkpoints
 from wanjax.training.log import Log
-from wanjax.training.objective import Objective
+from wanjax.training.objectives.base import Objective
 from wanjax.training.state import TrainState
 from wanjax.training.step import Metrics, make_step
 from wanjax.training.validation import Validation

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, AxisType
 
 from sharding.mesh import AXES, MeshShape
-from wanjax.training.objective import Objective
+from wanjax.training.objectives.base import Objective
 
 PEAKS = {
     "TPU v4": 275e12,

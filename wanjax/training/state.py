@@ -13,9 +13,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.rules import parameter_sharding
-from wanjax import lora
 from wanjax.config import TrainConfig
-from wanjax.training.objective import Objective
+from wanjax.training.objectives.base import Objective
+from wanjax.weights import lora
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +28,8 @@ class TrainState:
     model: the network, or only its adapters; weights float32, whatever it computes in.
     optimizer: optax's state, its moments sharded as the weights.
     ema: the model with the moving average of its weights; None without.
-    frozen: the network without the adapters that are trained, see `wanjax.lora`; else None. Not saved: it is the
-      checkpoint's.
+    frozen: the network without the adapters that are trained, see `wanjax.weights.lora`; else None. Not saved: it
+      is the checkpoint's.
     """
 
     step: jax.Array

@@ -16,7 +16,7 @@ import optax
 
 from sharding.rules import split_batch
 from wanjax.config import TrainConfig
-from wanjax.training.objective import Objective
+from wanjax.training.objectives.base import Objective
 from wanjax.training.state import TrainState, make_optimizer, whole
 
 

@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.distributed import is_main
-from wanjax import solvers
+from wanjax.conditioning.encoders import Encoders
 from wanjax.config import CachedData, TaskMix, TrainConfig
 from wanjax.data.batch import Pixels, host_rows, make_batch, place
-from wanjax.data.encode import Encoders
-from wanjax.data.sources import Data, open_clips, open_data, task_samples
+from wanjax.diffusion import solvers
 from wanjax.media import write_video
-from wanjax.training import evaluate
-from wanjax.training.flow_matching import FlowMatching
+from wanjax.training import metrics
+from wanjax.training.data import Data, open_clips, open_data, task_samples
 from wanjax.training.log import Log
-from wanjax.training.objective import Objective
+from wanjax.training.objectives.base import Objective
+from wanjax.training.objectives.flow_matching import FlowMatching
 
 FPS = 16
 SHEET_FRAMES, SHEET_WIDTH = 9, 192
@@ -104,12 +104,12 @@ class Losses:
         mean = np.mean(losses, axis=0)
         figures = {"validation/loss": float(np.mean(mean))}
         if isinstance(self.objective, FlowMatching):
-            figures |= {f"validation/loss_at_{s}": float(x) for s, x in zip(evaluate.SIGMAS, mean, strict=True)}
+            figures |= {f"validation/loss_at_{s}": float(x) for s, x in zip(metrics.SIGMAS, mean, strict=True)}
         return figures
 
     def _of_batch(self, model: Any, batch: Any, seed: jax.Array) -> jax.Array:
         if isinstance(self.objective, FlowMatching):
-            return evaluate.validation_losses(self.objective, model, batch, seed)
+            return metrics.validation_losses(self.objective, model, batch, seed)
         return self.objective.loss(model, self.objective.prepare(batch, jax.random.key(seed)))
 
 
@@ -133,12 +133,12 @@ class Sampler:
         self.truth, self.given = np.stack([x.video for x in pixels]), pixels[0].given
         self.batch = encoders(place([pixels[row] for row in host_rows(len(pixels))], len(pixels)))
         self.vae, self.empty_text = encoders.networks.vae, jnp.asarray(encoders.empty_text())
-        self.noise = evaluate.noise_of(numbers, self.batch.latents.shape[1:])
+        self.noise = metrics.noise_of(numbers, self.batch.latents.shape[1:])
         self.schedule = solvers.make_schedule("unipc", config.sample_steps, config.shift, "official")
 
     def sample(self, model: Any) -> np.ndarray:
         """Videos uint8 `[b, F, H, W, 3]`, on every process."""
-        latents = evaluate.sample_latents(
+        latents = metrics.sample_latents(
             model,
             self.batch,
             self.empty_text,
@@ -147,7 +147,7 @@ class Sampler:
             self.config.guidance,
             self.config.sample_steps,
         )
-        return np.asarray(evaluate.decode(self.vae, latents))
+        return np.asarray(metrics.decode(self.vae, latents))
 
     def figures(self, videos: np.ndarray) -> dict[str, float]:
         """Likeness to the true clips: of the given end frames, and of those between if both ends are given."""
@@ -156,12 +156,12 @@ class Sampler:
         pairs = list(zip(videos, self.truth, strict=True))
         ends = [(video[self.given], truth[self.given]) for video, truth in pairs]
         figures = {
-            "samples/end_frame_psnr": np.mean([evaluate.psnr(*pair) for pair in ends]),
-            "samples/end_frame_ssim": np.mean([evaluate.ssim(*pair) for pair in ends]),
+            "samples/end_frame_psnr": np.mean([metrics.psnr(*pair) for pair in ends]),
+            "samples/end_frame_ssim": np.mean([metrics.ssim(*pair) for pair in ends]),
         }
         if self.given[-1]:
             between = [(video[~self.given], truth[~self.given]) for video, truth in pairs]
-            figures["samples/between_psnr"] = np.mean([evaluate.psnr(*pair) for pair in between])
+            figures["samples/between_psnr"] = np.mean([metrics.psnr(*pair) for pair in between])
         return {name: float(x) for name, x in figures.items()}
 
     def write(self, videos: np.ndarray, step: int, log: Log) -> None:

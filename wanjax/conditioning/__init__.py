@@ -1,0 +1,1 @@
+"""What goes into the network beside the noise: text and image features, mask, latents of the given frames."""

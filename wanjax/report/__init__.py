@@ -1,0 +1,1 @@
+"""What full-size programs take of devices that are not there."""

@@ -1,0 +1,162 @@
+"""Every program of sampling and training with the shapes, not the values, of what goes in: to check, count or compile
+full-size networks on any mesh without memory for one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from sharding.rules import activation_spec, parameter_sharding
+from wanjax.conditioning.frames import latent_frames, latent_size
+from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, TrainConfig, UMT5Config, VAEConfig
+from wanjax.data.batch import Encoded
+from wanjax.diffusion import solvers
+from wanjax.models.clip import CLIPVision
+from wanjax.models.dit import DiT
+from wanjax.models.umt5 import UMT5Encoder
+from wanjax.models.vae import VAE
+from wanjax.sampling import pipeline
+from wanjax.training.objectives.flow_matching import FlowMatching, in_dtypes
+from wanjax.training.state import new_state
+from wanjax.training.step import make_step
+
+
+class Stage(NamedTuple):
+    """A jitted function and what it takes; every array a `ShapeDtypeStruct` with its sharding."""
+
+    function: Any
+    arguments: tuple
+
+    def lower(self) -> Any:
+        """The stage, ready to be compiled. Call it under `jax.set_mesh`."""
+        return self.function.lower(*self.arguments)
+
+    def check(self) -> Any:
+        """Shapes and shardings of the result; fails where the program does not fit together."""
+        return jax.eval_shape(self.function, *self.arguments)
+
+
+class Shapes:
+    """Makes shapes on a mesh; use it under that mesh.
+
+    Args:
+      mesh: real, of a topology or abstract.
+    """
+
+    def __init__(self, mesh: Mesh | AbstractMesh):
+        self.mesh = mesh
+
+    def array(self, shape: tuple[int, ...], dtype: Any = jnp.float32, *axes: str | None) -> Any:
+        """An array split by the logical axes given; whole without any."""
+        spec = activation_spec(shape, *(axes or (None,) * len(shape)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def network(self, build: Callable[[nnx.Rngs], Any]) -> Any:
+        """A network's parameters, split by the rules."""
+        return self.like(jax.eval_shape(lambda: build(nnx.Rngs(0))))
+
+    def like(self, tree: Any) -> Any:
+        """Shapes with shardings: parameters (and what is like them) by the rules, the rest as it is or whole."""
+
+        def place(leaf: Any) -> Any:
+            if isinstance(leaf, nnx.Variable):
+                sharding = parameter_sharding((), leaf, self.mesh)
+                return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
+            spec = getattr(leaf.sharding, "spec", None) or PartitionSpec()
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def latent_shape(config: SampleConfig | TrainConfig) -> tuple[int, int, int]:
+    """Latent frames, height and width; 16:9 where a configuration names an area only."""
+    height, width = config.height, config.width
+    if height is None or width is None:
+        assert isinstance(config, SampleConfig)
+        height, width = pipeline.choose_size(config, [])
+    return latent_frames(config.frames), *latent_size(height, width)
+
+
+def features(shapes: Shapes, dit: DiTConfig, batch: int) -> tuple[Any, Any]:
+    """Text and image features `[b, l, ..]`."""
+    text = shapes.array((batch, dit.text_len, dit.text_dim), jnp.float32, "batch", None, None)
+    if dit.image_dim is None:
+        return text, None
+    length = dit.image_positions or CLIPConfig().num_tokens
+    return text, shapes.array((batch, length, dit.image_dim), jnp.float32, "batch", None, None)
+
+
+def context(config: SampleConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
+    """Cross-attention keys and values, once per video."""
+    text, image = features(shapes, dit, 1 if config.guidance == 1 else 2)
+    return Stage(pipeline._context, (shapes.network(lambda rngs: DiT(dit, rngs)), text, image))
+
+
+def denoise_step(config: SampleConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
+    """One step of the solver, both branches of guidance in it."""
+    before = context(config, dit, shapes)
+    size = latent_shape(config)
+    latents = jax.eval_shape(lambda: jnp.zeros((1, *size, dit.out_channels)))
+    state = shapes.like(jax.eval_shape(solvers.init, latents))
+    channels = dit.in_channels - dit.out_channels
+    control = shapes.array((1, *size, channels)) if channels else None
+    schedule = solvers.make_schedule(config.solver, config.steps, config.shift or 16.0, config.conventions)
+    network = before.arguments[0].without_context()
+    arguments = (network, schedule, state, control, shapes.like(before.check()), config.guidance, 0, 1)
+    return Stage(pipeline.denoise_steps, arguments)
+
+
+def encode_text(config: SampleConfig, shapes: Shapes) -> Stage:
+    """umT5-XXL on the prompt and the negative prompt."""
+    dtype = jnp.dtype(config.dtype)
+    network = shapes.network(lambda rngs: UMT5Encoder(UMT5Config(dtype=dtype, param_dtype=dtype), rngs))
+    shape = (1 if config.guidance == 1 else 2, DiTConfig().text_len)
+    return Stage(pipeline._encode_text, (network, shapes.array(shape, jnp.int32), shapes.array(shape, jnp.bool_)))
+
+
+def encode_images(config: SampleConfig, shapes: Shapes) -> Stage:
+    """CLIP ViT-H on the first and the last frame."""
+    dtype = jnp.dtype(config.dtype)
+    clip = CLIPConfig(dtype=dtype, param_dtype=dtype)
+    network = shapes.network(lambda rngs: CLIPVision(clip, rngs))
+    return Stage(pipeline._encode_images, (network, shapes.array((2, clip.image_size, clip.image_size, 3))))
+
+
+def vae_chunks(config: SampleConfig, shapes: Shapes) -> tuple[Stage, Stage]:
+    """The VAE's encoding and decoding of a chunk in the middle of a clip: four frames, one latent frame."""
+    vae = VAEConfig()
+    network = shapes.network(lambda rngs: VAE(vae, rngs))
+    _, h, w = latent_shape(config)
+
+    def frames(count: int) -> Any:
+        return shapes.array((1, count, h * vae.spatial_factor, w * vae.spatial_factor, 3))
+
+    latents = shapes.array((1, 1, h, w, vae.z_dim))
+    _, encoding = Stage(pipeline._encode_chunk, (network, frames(1), None)).check()
+    _, decoding = Stage(pipeline._decode_chunk, (network, latents, None)).check()
+    return (
+        Stage(pipeline._encode_chunk, (network, frames(vae.temporal_factor), shapes.like(encoding))),
+        Stage(pipeline._decode_chunk, (network, latents, shapes.like(decoding))),
+    )
+
+
+def train_step(config: TrainConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
+    """One optimiser step on a whole batch."""
+    dit = in_dtypes(dit, config)
+    objective = FlowMatching(config, dit)
+    state = shapes.like(jax.eval_shape(lambda: new_state(config, objective.make(nnx.Rngs(0)))))
+    size = latent_shape(config)
+    channels = dit.in_channels - dit.out_channels
+    split = ("batch", None, None, None, None)
+    batch = Encoded(
+        shapes.array((config.batch, *size, dit.out_channels), jnp.float32, *split),
+        *features(shapes, dit, config.batch),
+        shapes.array((config.batch, *size, channels), jnp.float32, *split) if channels else None,
+    )
+    return Stage(make_step(config, objective), (state, batch))

@@ -1,0 +1,1 @@
+"""A tool that selects clips for training by what can be measured of them."""

@@ -1,0 +1,329 @@
+"""Clips encoded once, before training: `python -m wanjax.training.latent_cache --config configs/train_.. --out FOLDER`.
+
+The configuration is that of the training to come. Every clip is encoded with each of its `tasks.variants` draws of what
+is given. The folder holds ArrayRecord files, each of them written whole or not at all, and at last `index.json`; the
+same command goes on where an earlier one was stopped. Several processes on the same folder (`--processes`,
+`--process-id`) share the files among them. Training reads the folder as `CachedData`, and refuses it where frames,
+size, tasks, seed or encoders are not those it was made with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from flax import serialization
+from tqdm import tqdm
+
+from sharding.mesh import MeshShape, make_mesh
+from wanjax.cli import Parser, check_counts, exit_codes
+from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.frames import TEMPORAL_FACTOR, latent_mask
+from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
+from wanjax.data.batch import Encoded, Pixels, place
+from wanjax.data.buckets import Order, Shape
+from wanjax.data.samples import TaskSamples, dropped, place_of
+from wanjax.errors import InputError
+from wanjax.weights import Checkpoint
+
+CLIPS_PER_FILE = 256
+EMPTY_TEXT = "empty_text.msgpack"
+
+
+def fingerprint(path: str, network: str = "vae") -> str:
+    """Tells checkpoints' encoders apart: a hash of the VAE's tensor names and of some of its numbers."""
+    with Checkpoint(path).weights(network).open() as read:  # pyright: ignore[reportArgumentType]
+        keys = sorted(key for key, _ in Checkpoint(path).weights(network).items())  # pyright: ignore[reportArgumentType]
+        digest = hashlib.sha256()
+        for key in (keys[0], keys[len(keys) // 2], keys[-1]):
+            digest.update(key.encode() + np.ascontiguousarray(read(key)).view(np.uint8).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def description(config: TrainConfig) -> dict[str, Any]:
+    """What a cache and the training that reads it must have in common."""
+    tasks = dataclasses.asdict(config.tasks)
+    for name in ("caption_dropout", "image_dropout"):
+        del tasks[name]  # drawn at every reading
+    folder = config.encoders or config.checkpoint
+    return {
+        "frames": config.frames,
+        "height": config.height,
+        "width": config.width,
+        "seed": config.seed,
+        "tasks": tasks,
+        "encoders": None if folder is None else fingerprint(folder),
+    }
+
+
+class CachedSamples:
+    """`Source` of encoded clips from a cache; sample n is what `TaskSamples` and the encoders would make of it.
+
+    Args:
+      path: the cache's folder.
+      config: of the run.
+      dit: of the network.
+
+    Raises:
+      InputError: there is no whole cache, or it was made with other settings.
+    """
+
+    def __init__(self, path: str, config: TrainConfig, dit: DiTConfig):
+        index = _read_index(Path(path))
+        for name, ours in description(config).items():
+            theirs = index[name]
+            if ours != theirs and not (name == "encoders" and ours is None):
+                raise InputError(f"cache {path} has {name} {theirs}, the run {ours}; they must agree; make a new cache")
+        self.path, self.config, self.dit = path, config, dit
+        buckets = {tuple(bucket["shape"]): np.array(bucket["clips"]) for bucket in index["buckets"]}
+        self.order = Order(buckets, config.batch, config.seed)
+        clips = [clip for bucket in index["buckets"] for clip in bucket["clips"]]
+        self.positions = {clip: position for position, clip in enumerate(clips)}
+        self.records = grain.sources.ArrayRecordDataSource([str(Path(path) / name) for name in index["files"]])
+        self.empty_text = _unpack((Path(path) / EMPTY_TEXT).read_bytes())["text"]
+        self._check(_unpack(self.records[0]))
+
+    def __getitem__(self, index: int) -> Encoded:
+        """Sample `index`, from 0."""
+        record = self._record(index)
+        no_caption, no_images = dropped(self.config, index)
+        image = record.get("image")
+        return Encoded(
+            record["latents"],
+            _pad(self.empty_text if no_caption else record["text"], self.dit.text_len),
+            np.zeros_like(image) if no_images and image is not None else image,
+            _control(record),
+        )
+
+    def name(self, index: int) -> str:
+        """Which clip it is of."""
+        return self._record(index)["name"]
+
+    def _check(self, record: dict[str, Any]) -> None:
+        """Whether the network takes what is in a record."""
+        c = self.dit
+        for name, ours in (
+            ("latents", c.out_channels),
+            ("text", c.text_dim),
+            ("image", c.image_dim),
+            ("known", c.out_channels if c.in_channels != c.out_channels else None),
+        ):
+            theirs = record[name].shape[-1] if name in record else None
+            if ours != theirs:
+                raise InputError(
+                    f"cache {self.path} has {name} of {theirs or 'no'} channels, the network takes {ours or 'none'}; "
+                    "they must agree; make a new cache for this network"
+                )
+        if c.image_positions and len(record["image"]) != c.image_positions:
+            raise InputError(
+                f"cache {self.path} has {len(record['image'])} tokens of images, the network takes "
+                f"{c.image_positions}; they must agree; make a new cache for this network"
+            )
+
+    def _record(self, index: int) -> dict[str, Any]:
+        clip, variant = place_of(index, self.order, self.config)
+        return _unpack(self.records[self.positions[clip] * self.config.tasks.variants + variant])
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """What a finished cache says of itself, if all its files are there."""
+    file = path / "index.json"
+    if not file.is_file():
+        raise InputError(
+            f"{path} has no index.json; a finished cache is needed; run "
+            f"python -m wanjax.training.latent_cache --out {path}"
+        )
+    try:
+        index = json.loads(file.read_text())
+        names = [*index["files"], EMPTY_TEXT]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error!r}); a finished cache is needed; make a new one") from error
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise InputError(
+            f"cache {path} lacks {len(missing)} of {len(names)} files, the first {missing[0]}; all are needed; "
+            "remove index.json and run the command that made the cache again"
+        )
+    return index
+
+
+def _control(record: dict[str, np.ndarray]) -> np.ndarray | None:
+    if "known" not in record:
+        return None
+    mask = np.asarray(latent_mask(record["given"][None], *record["known"].shape[1:3]))[0]
+    return np.concatenate([mask, record["known"]], axis=-1)  # [f, h, w, 4 + c]
+
+
+def _pack(name: str, encoded: Encoded, given: np.ndarray) -> bytes:
+    """A sample without what can be made again: the mask, and the zero rows behind the text."""
+    text = np.asarray(encoded.text)
+    arrays = {"latents": encoded.latents, "text": text[: _length(text)], "given": given}
+    if encoded.image is not None:
+        arrays["image"] = encoded.image
+    if encoded.control is not None:
+        arrays["known"] = encoded.control[..., TEMPORAL_FACTOR:]
+    return serialization.msgpack_serialize({"name": name} | {key: np.ascontiguousarray(x) for key, x in arrays.items()})
+
+
+def _unpack(data: bytes) -> Any:
+    return serialization.msgpack_restore(data)
+
+
+def _length(text: np.ndarray) -> int:
+    return int(np.flatnonzero(np.any(text != 0, axis=-1)).max(initial=-1)) + 1
+
+
+def _pad(text: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(text, ((0, length - len(text)), (0, 0)))
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def write_cache(
+    config: TrainConfig,
+    samples: TaskSamples,
+    buckets: dict[Shape, np.ndarray],
+    encoders: Encoders,
+    out: Path,
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Encode clips into `out`, on the ambient mesh; what is there already stays.
+
+    Args:
+      config: of the training to come; `batch` clips are encoded at a time.
+      samples: the clips, with what is given of them.
+      buckets: which of them, by shape.
+      encoders: for them.
+      out: folder to write.
+      share: which process this is, and of how many that write the folder.
+
+    Raises:
+      InputError: the folder holds something else.
+    """
+    listed = [{"shape": list(shape), "clips": clips.tolist()} for shape, clips in buckets.items()]
+    of = config.data.of if isinstance(config.data, CachedData) else config.data
+    index = description(config) | {"of": repr(of), "buckets": listed}
+    _begin(out, index)
+    parts = _parts(buckets)
+    files = [out / f"clips-{i:06d}.arrayrecord" for i in range(len(parts))]
+    mine, variants = range(share[0], len(parts), share[1]), config.tasks.variants
+    with tqdm(total=sum(len(parts[i]) for i in mine) * variants, unit="sample", dynamic_ncols=True) as bar:
+        for i in mine:
+            places = [(clip, variant) for clip in parts[i] for variant in range(variants)]
+            if files[i].exists():
+                bar.update(len(places))
+            else:
+                _write_file(files[i], encode_all(samples, encoders, places, config.batch, bar))
+    if not all(file.exists() for file in files):
+        return  # another process writes the rest, and then the index
+    _finish(out, index | {"files": [file.name for file in files]}, encoders)
+
+
+def _parts(buckets: dict[Shape, np.ndarray]) -> list[list[int]]:
+    """The clips of each file, all of one shape."""
+    return [
+        clips[start : start + CLIPS_PER_FILE].tolist()
+        for clips in buckets.values()
+        for start in range(0, len(clips), CLIPS_PER_FILE)
+    ]
+
+
+def _begin(out: Path, index: dict[str, Any]) -> None:
+    """Make the folder, or see that it holds the beginning of this very cache."""
+    plan = out / "plan.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if plan.exists() and json.loads(plan.read_text()) != json.loads(json.dumps(index)):
+        raise InputError(f"{out} holds the beginning of another cache; give another --out, or remove it")
+    if not plan.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty and no cache; give another --out")
+    _write_whole(plan, json.dumps(index).encode())
+
+
+def _finish(out: Path, index: dict[str, Any], encoders: Encoders) -> None:
+    """Write what all samples share, and at last the index."""
+    text = np.asarray(encoders.empty_text())
+    _write_whole(out / EMPTY_TEXT, serialization.msgpack_serialize({"text": text[: _length(text)]}))
+    _write_whole(out / "index.json", json.dumps(index).encode())
+    for left in out.glob("*.tmp"):  # by processes that were killed
+        left.unlink(missing_ok=True)
+
+
+def encode_all(
+    samples: TaskSamples, encoders: Encoders, places: list[tuple[int, int]], batch: int, bar: tqdm
+) -> Iterator[bytes]:
+    """The records of (clip, draw) pairs, in order; the last batch is filled up with repetitions."""
+    parts = [places[start : start + batch] for start in range(0, len(places), batch)]
+    read = grain.MapDataset.source(parts).map(lambda part: [samples.named_sample(*p) for p in part])
+    for part in read.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
+        pixels: list[Pixels] = [pixels for _, pixels in part]
+        encoded = jax.device_get(encoders(place([*pixels, *pixels[-1:] * (batch - len(part))], batch)))
+        for i, (name, sample) in enumerate(part):
+            yield _pack(name, jax.tree.map(lambda x, i=i: x[i], encoded), sample.given)
+        bar.update(len(part))
+
+
+def _write_file(path: Path, records: Iterator[bytes]) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+    try:
+        for record in records:
+            writer.write(record)
+        writer.close()
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_bytes(data)
+    unfinished.rename(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    parser = Parser("python -m wanjax.training.latent_cache", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", required=True, help="of the training to come")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--validation", action="store_true", help="encode the held-out clips, `validation`, instead")
+    parser.add_argument("--encoders", help="checkpoint whose VAE, umT5 and CLIP encode the clips")
+    parser.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
+    parser.add_argument("--processes", type=int, default=1, help="that write the same folder")
+    parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
+    flags = parser.parse_args(argv)
+    check_counts(batch=flags.batch, processes=flags.processes)
+    if not 0 <= flags.process_id < flags.processes:
+        raise InputError(
+            f"--process-id {flags.process_id} of --processes {flags.processes}; accepted: 0 to processes - 1; change it"
+        )
+    from wanjax.training import checks
+    from wanjax.training.data import open_clips, task_samples
+
+    config = load_config(flags.config, TrainConfig)
+    if flags.validation:
+        if config.validation is None:
+            raise InputError(f"--validation, but {flags.config} has no validation; held-out clips are needed; set it")
+        config = dataclasses.replace(config, data=config.validation)
+    config = dataclasses.replace(config, batch=flags.batch, encoders=flags.encoders or config.encoders)
+    # The model that training starts from may not be there yet: often it is still being trained.
+    dit = config.dit or checks.network(config)
+    devices = jax.local_devices()
+    with jax.set_mesh(make_mesh(MeshShape(fsdp=len(devices)), devices)):
+        chosen, encoders = open_clips(config), Encoders(config, dit)
+        samples, share = task_samples(config, encoders, chosen), (flags.process_id, flags.processes)
+        write_cache(config, samples, chosen.buckets, encoders, Path(flags.out), share)
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main()

@@ -1,0 +1,133 @@
+"""How good the DiT is on clips that it has not learned from: validation loss, and whole videos against the true ones.
+
+    losses = validation_losses(objective, model, batch)      # at fixed noise levels with fixed noise
+    video  = sample(model, networks, batch, noise, schedule)  # what sampling would make of the batch
+
+PSNR and SSIM are of videos in [0, 255], over all pixels of the frames compared.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sharding.rules import constrain, replicate
+from wanjax.data.batch import Encoded
+from wanjax.diffusion import solvers
+from wanjax.models.dit import DiT
+from wanjax.models.vae import VAE
+from wanjax.training.objectives.flow_matching import FlowMatching, Noised
+
+SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
+"""Noise levels of the validation loss."""
+
+
+def validation_losses(objective: FlowMatching, model: DiT, batch: Encoded, seed: jax.Array | int = 0) -> jax.Array:
+    """Mean loss of a batch at each of `SIGMAS`, `[len(SIGMAS)]`, with the same noise whenever it is called."""
+    noise = objective.prepare(batch, jax.random.key(seed)).noise
+
+    def at(sigma: jax.Array) -> jax.Array:
+        sigmas = constrain(jnp.full(batch.latents.shape[0], sigma), "batch")
+        return objective.loss(model, Noised(batch, noise, sigmas))
+
+    return jax.lax.map(at, jnp.asarray(SIGMAS))
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def sample_latents(
+    model: DiT,
+    batch: Encoded,
+    empty_text: jax.Array,
+    noise: jax.Array,
+    schedule: solvers.Schedule,
+    guidance: jax.Array | float,
+    steps: int,
+) -> jax.Array:
+    """Latents `[b, f, h, w, c]` of a batch, with everything that it gives the model.
+
+    Args:
+      model: the DiT.
+      batch: encoded clips; their latents are not looked at.
+      empty_text: features `[l, text_dim]` of the empty caption, from which guidance leads away.
+      noise: `[b, f, h, w, c]`.
+      schedule: of `steps` steps.
+      guidance: scale; 1: none.
+      steps: of the solver.
+    """
+    noise = constrain(noise, "batch", None, None, None, None)
+    negative = jnp.broadcast_to(empty_text, batch.text.shape).astype(batch.text.dtype)
+    contexts = [model.context(text, batch.image) for text in (batch.text, negative)]
+
+    def velocity(x: jax.Array, i: jax.Array) -> jax.Array:
+        x = x if batch.control is None else jnp.concatenate([x, batch.control], axis=-1)
+        timestep = constrain(jnp.broadcast_to(arrays.timesteps[i], noise.shape[:1]), "batch")
+        positive = model(x, timestep, contexts[0])  # [b, f, h, w, c]
+        return jax.lax.cond(
+            jnp.asarray(guidance) == 1,
+            lambda: positive,
+            lambda: (1 - guidance) * model(x, timestep, contexts[1]) + guidance * positive,
+        )
+
+    def body(i: jax.Array, state: solvers.SolverState) -> solvers.SolverState:
+        return solvers.step(arrays, i, state, velocity(state.sample, i))
+
+    arrays = jax.tree.map(jnp.asarray, schedule)
+    return jax.lax.fori_loop(0, steps, body, solvers.init(noise)).sample
+
+
+@jax.jit
+def decode(vae: VAE, latents: jax.Array) -> jax.Array:
+    """Latents to uint8 videos `[b, F, H, W, 3]`, the whole of them on every device."""
+    return replicate(jnp.round((vae.decode(latents).astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8))
+
+
+def noise_of(clips: Any, shape: tuple[int, ...], seed: int = 0) -> jax.Array:
+    """The noise of each clip, float32 `[b, ..]`: a function of the clip's number alone, not of the batch it is in."""
+    keys = [jax.random.fold_in(jax.random.key(seed), int(clip)) for clip in clips]
+    return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
+
+
+def psnr(video: np.ndarray, truth: np.ndarray) -> float:
+    """Peak signal to noise ratio in dB of uint8 or float videos in [0, 255], any shape."""
+    error = np.mean((video.astype(np.float64) - truth) ** 2)
+    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+
+
+def ssim(video: np.ndarray, truth: np.ndarray) -> float:
+    """Structural similarity of uint8 or float videos `[F, H, W, 3]` in [0, 255]: mean over frames, colours and places.
+
+    Gaussian windows of 11 x 11 and a deviation of 1.5, where they fit into the frame (Wang et al. 2004).
+    """
+    offsets = np.arange(-5, 6)
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        for axis in (1, 2):
+            x = np.lib.stride_tricks.sliding_window_view(x, len(window), axis) @ window
+        return x
+
+    a, b = video.astype(np.float64), truth.astype(np.float64)
+    mean_a, mean_b = blur(a), blur(b)
+    variances = blur(a * a) - mean_a**2 + blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similar = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float(np.mean(similar / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))))
+
+
+def crossfade(video: np.ndarray) -> np.ndarray:
+    """The last frame fading in over the first: float `[F, H, W, 3]`."""
+    first, last = video[0].astype(np.float64), video[-1].astype(np.float64)
+    time = np.linspace(0, 1, len(video))[:, None, None, None]
+    return first + (last - first) * time
+
+
+def nearest(video: np.ndarray) -> np.ndarray:
+    """The first frame for the first half, then the last: uint8 `[F, H, W, 3]`."""
+    time = np.linspace(0, 1, len(video))[:, None, None, None]
+    return np.where(time < 0.5, video[0], video[-1])

@@ -1,0 +1,1 @@
+"""One table a network and layout: which tensor of a checkpoint is which parameter."""
