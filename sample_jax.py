@@ -24,7 +24,9 @@ from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 
 if TYPE_CHECKING:
-    from wanjax.sampling.pipeline import Plan, Result
+    from wanjax.sampling.pipeline import Pipeline
+    from wanjax.sampling.request import Request
+    from wanjax.sampling.result import Result
 
 HELP = {
     "checkpoint": "folder in the Diffusers or the official layout",
@@ -91,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from sharding import distributed  # here: --help and bad flags need none of these
     from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
-    from wanjax.sampling import compile_cache, pipeline
+    from wanjax.sampling import compile_cache
+    from wanjax.sampling.pipeline import Pipeline
     from wanjax.weights import quantize
 
     # ---- the other hosts, before anything asks for a device
@@ -101,48 +104,51 @@ def main(argv: list[str] | None = None) -> None:
     compile_cache.use_persistent_cache(compile_cache.cache_folder(config.compile_cache))
 
     # ---- everything that can be wrong, before hours of work
-    plan = pipeline.prepare(config)
+    pipe = Pipeline(config, keep="one")  # there is one request only
+    request = pipe.prepare()
     if distributed.is_main():
-        announce(plan)
+        announce(pipe, request)
 
     # ---- the work
     try:
         with distributed.notice_lost_hosts():
-            result = pipeline.sample(plan)
+            result = pipe(request)
     except distributed.LostHostError as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.leave(1)
 
     # ---- files appear once, and whole or not at all
     if distributed.is_main():
-        write(plan, result)
+        write(request, result)
 
 
-def announce(plan: Plan) -> None:
+def announce(pipe: Pipeline, request: Request) -> None:
     """Print what will be done, if its outputs can be written."""
     from wanjax import media
     from wanjax.weights import lora
 
-    config = plan.config
+    config = request.config
     media.check_output(config.output)
     if config.save_latents:
         media.check_output(config.save_latents, accepted=(".npy",))
-    for file in plan.loras:
-        print(lora.describe(file, plan.dit))
+    for file in pipe.networks.loras:
+        print(lora.describe(file, pipe.dit))
     if config.note:
         print(config.note)
-    frames, size = config.frames, f"{plan.width}x{plan.height}"
-    print(f"{plan.task}, {frames} frames of {size}, {config.solver} {config.steps} steps, guidance {config.guidance}")
+    frames, size = config.frames, f"{request.width}x{request.height}"
+    print(
+        f"{request.task}, {frames} frames of {size}, {config.solver} {config.steps} steps, guidance {config.guidance}"
+    )
 
 
-def write(plan: Plan, result: Result) -> None:
+def write(request: Request, result: Result) -> None:
     """Write what was made, and print what it took."""
     import numpy as np
 
     from wanjax import media
 
-    config = plan.config
-    if plan.caching is not None:
+    config = request.config
+    if request.rules is not None:
         share = result.evaluations / config.steps
         print(f"DiT evaluations: {result.evaluations:g} of {config.steps} ({share:.0%})")
     if config.save_latents:

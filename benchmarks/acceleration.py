@@ -26,23 +26,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sharding.rules import parameter_sharding
+from wanjax import demo
 from wanjax.cli import exit_codes
-from wanjax.config import DiTConfig, SampleConfig
+from wanjax.config import NETWORK_FIELDS, SampleConfig
 from wanjax.demo.shapes import Kind, Shapes
-from wanjax.diffusion import caching
 from wanjax.errors import InputError
-from wanjax.models.dit import DiT
-from wanjax.sampling import pipeline
+from wanjax.sampling import cache_rules
 from wanjax.sampling.calibrate import calibrate
 from wanjax.sampling.calibration import Calibration
+from wanjax.sampling.pipeline import Pipeline
+from wanjax.sampling.request import Request
 from wanjax.training.metrics import ssim
 from wanjax.weights import Checkpoint
-from wanjax.weights.quantize import requantized
 
 CALIBRATED = 4  # clips
 SETTINGS = """rows to measure beside plain and fast, separated by commas; of a row, joined by +: fixed:K, teacache:T,
@@ -138,48 +136,38 @@ def requests(
 
 
 class Sampler:
-    """The networks that the rows need, each loaded once."""
+    """The pipelines that the rows need: one for each kind of network, which stays."""
 
-    def __init__(self, calibration: Calibration, rows: dict[str, Row]):
+    def __init__(self, calibration: str, rows: dict[str, Row]):
         self.calibration, self.rows = calibration, rows
-        self.networks: dict[DiTConfig, tuple[DiT, DiT]] = {}  # whole, and without what only the context needs
-        self.compiled = False
+        self.pipes: dict[tuple, Pipeline] = {}
+        self.compiled: set[str] = set()
 
     def __call__(self, config: SampleConfig) -> dict[str, Measured]:
-        """Every row on one clip: encoded once, denoised by each."""
-        plan = pipeline.prepare(config)
-        with pipeline.placed(plan):
-            conditions, vae = pipeline.encode(plan, {})
-            runs = {name: self.prepared(plan, row, conditions) for name, row in self.rows.items()}
-            if not self.compiled:
-                for run in runs.values():
-                    pipeline.denoise(*run, conditions.control)
-                self.compiled = True
-            measured = {}
-            for name, run in runs.items():
-                start = time.perf_counter()
-                latents, evaluations = pipeline.denoise(*run, conditions.control)
-                seconds = time.perf_counter() - start
-                measured[name] = Measured(evaluations, seconds, pipeline.decode(plan, vae, latents))
+        """Every row on one clip, each compiled before it is timed."""
+        measured = {}
+        for name, row in self.rows.items():
+            pipe, request = self.prepared(config, row)
+            if name not in self.compiled:
+                pipe(request, progress=False)
+                self.compiled.add(name)
+            result = pipe(request, progress=False)
+            measured[name] = Measured(result.evaluations, result.seconds["denoise"], result.video)
         return measured
 
-    def prepared(
-        self, plan: pipeline.Plan, row: Row, conditions: pipeline.Conditions
-    ) -> tuple[pipeline.Plan, Any, Any]:
-        """What `pipeline.denoise` takes for a row, on the device."""
-        changed = dataclasses.replace(plan.config, **row.settings)
-        dtype = jnp.dtype(changed.dtype)
-        dit = dataclasses.replace(plan.dit, attention=changed.attention, dtype=dtype, param_dtype=dtype)
-        dit = requantized(dit, changed.quantize)
-        rules = caching.make_rules(changed, plan.schedule, self.calibration)
-        if row.guided is not None and rules is not None and rules.late is not None:
-            rules = rules._replace(late=np.arange(changed.steps) >= math.ceil(row.guided * changed.steps))
-        if dit not in self.networks:
-            network = plan.checkpoint.load("dit", dit, parameter_sharding)
-            self.networks[dit] = network, network.without_context()
-        plan = dataclasses.replace(plan, config=changed, dit=dit, caching=rules)
-        network, bare = self.networks[dit]
-        return plan, bare, jax.block_until_ready(pipeline.make_context(plan, network, conditions))
+    def prepared(self, config: SampleConfig, row: Row) -> tuple[Pipeline, Request]:
+        """A row's pipeline and request."""
+        changed = dataclasses.replace(config, calibration=self.calibration, **row.settings)
+        networks = tuple(getattr(changed, name) for name in NETWORK_FIELDS)
+        if networks not in self.pipes:
+            self.pipes[networks] = Pipeline(changed, keep="all")
+        pipe = self.pipes[networks]
+        asked = {name: value for name, value in vars(changed).items() if name not in NETWORK_FIELDS}
+        request = pipe.prepare(**asked)
+        if row.guided is not None and request.rules is not None and request.rules.may_skip_uncond is not None:
+            skips = np.arange(changed.steps) >= math.ceil(row.guided * changed.steps)
+            request = dataclasses.replace(request, rules=request.rules._replace(may_skip_uncond=skips))
+        return pipe, request
 
 
 def squared_error(video: np.ndarray, other: np.ndarray) -> float:
@@ -210,7 +198,7 @@ def check(flags: argparse.Namespace, rows: dict[str, Row]) -> dict[str, Row]:
       InputError: one cannot.
     """
     for row in rows.values():
-        caching.switches(dataclasses.replace(SampleConfig(guidance=flags.guidance), **row.settings))
+        cache_rules.switches(dataclasses.replace(SampleConfig(guidance=flags.guidance), **row.settings))
     return rows
 
 
@@ -228,7 +216,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--first-seed", type=int, default=10_000_000, help="trainings take seeds below 1,000,000")
     parser.add_argument("--kind", choices=Kind.__args__, default="different")
-    parser.add_argument("--checkpoint", default=str(Path(pipeline.__file__).parent / "demo"))
+    parser.add_argument("--checkpoint", default=str(demo.FOLDER))
     parser.add_argument("--frames", type=int, default=17)
     parser.add_argument("--size", type=int, default=64, help="height and width")
     parser.add_argument("--steps", type=int, default=10)
@@ -242,16 +230,21 @@ def main() -> None:
     rows = check(flags, parse(flags.settings)) if flags.settings else {}
     with tempfile.TemporaryDirectory() as folder:
         others = requests(flags, flags.first_seed + flags.clips, CALIBRATED, Path(folder))
-        calibration = calibrate([config for _, config in others])
+        configs = [config for _, config in others]
+        varied = ("prompt", "first_frame", "last_frame", "seed")
+        calibration = calibrate(configs[0], [{name: getattr(c, name) for name in varied} for c in configs])
+        calibration.write(str(Path(folder) / "calibration.json"))
         rows = rows or parse(every_switch(calibration, flags.guidance))
-        sample = Sampler(calibration, {"plain": Row({}), **rows, "fast": Row({"fast": True})})
+        sample = Sampler(
+            str(Path(folder) / "calibration.json"), {"plain": Row({}), **rows, "fast": Row({"fast": True})}
+        )
         held_out = requests(flags, flags.first_seed, flags.clips, Path(folder))
         clips = [(clip.video, sample(config)) for clip, config in held_out]
 
     table = {name: figures(name, clips, flags.steps) for name in clips[0][1]}
     for row in table.values():
         row["truth_psnr_loss_db"] = table["plain"]["truth_psnr_db"] - row["truth_psnr_db"]
-    print(f"{flags.clips} clips, {flags.steps} steps, guidance {flags.guidance:g}, fast: {caching.FAST}")
+    print(f"{flags.clips} clips, {flags.steps} steps, guidance {flags.guidance:g}, fast: {cache_rules.FAST}")
     print_table(table)
     rounded = {name: {key: round(value, 4) for key, value in row.items()} for name, row in table.items()}
     result: dict[str, Any] = {"benchmark": "acceleration", "device": jax.devices()[0].device_kind, "clips": flags.clips}

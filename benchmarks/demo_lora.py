@@ -25,13 +25,15 @@ import numpy as np
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
 from wanjax.cli import exit_codes
-from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.encoders import Encoders, open_encoders
 from wanjax.config import CachedData, LoRAConfig, ShapesData, TaskMix, TrainConfig
 from wanjax.data.batch import Batches, place
 from wanjax.demo.shapes import Kind
 from wanjax.diffusion import solvers
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
+from wanjax.sampling.batch import sample_latents
+from wanjax.sampling.decoding import decode_batch
 from wanjax.training import checks, loop, metrics
 from wanjax.training.checkpoint import Checkpoints
 from wanjax.training.data import open_clips, open_data, task_samples
@@ -91,7 +93,7 @@ class HeldOut:
     def __init__(self, config: TrainConfig, encoders: Encoders, kind: Kind, clips: int, size: int):
         config = dataclasses.replace(config, data=ShapesData(kind, HELD_OUT_SEED, clips), batch=size)
         samples = task_samples(config, encoders, open_clips(config))
-        self.config, self.vae, self.empty = config, encoders.networks.vae, jnp.asarray(encoders.empty_text())
+        self.config, self.vae, self.empty = config, encoders.networks["vae"], jnp.asarray(encoders.empty_text())
         self.parts = []
         for start in range(0, clips, size):
             numbers = [start + i for i in range(min(size, clips - start))]
@@ -108,8 +110,8 @@ class HeldOut:
         schedule, values = solvers.make_schedule("unipc", steps, shift, "official"), []
         for numbers, truth, batch in self.parts:
             noise = metrics.noise_of(numbers, batch.latents.shape[1:])
-            latents = metrics.sample_latents(dit, batch, self.empty, noise, schedule, 1.0, steps)
-            videos = np.asarray(metrics.decode(self.vae, latents))
+            latents = sample_latents(dit, batch, self.empty, noise, schedule, 1.0)
+            videos = np.asarray(decode_batch(self.vae, latents))
             values += [metrics.psnr(a[1:-1], b[1:-1]) for a, b in zip(videos, truth, strict=True)]
         return float(np.mean(values))
 
@@ -140,7 +142,7 @@ def main() -> None:
     assert isinstance(objective, FlowMatching)
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
         checks.check(config, objective, MeshShape())
-        encoders, chosen = Encoders(config, objective.dit), open_clips(config)
+        encoders, chosen = open_encoders(config, objective.dit), open_clips(config)
         write_cache(
             config, task_samples(config, encoders, chosen), chosen.buckets, encoders, Path(f"{flags.workdir}/clips")
         )

@@ -20,13 +20,16 @@ from PIL import Image
 
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import parameter_sharding
-from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.encoders import open_encoders
+from wanjax.conditioning.frames import to_pixels
 from wanjax.config import ShapesData, TaskMix, TrainConfig
 from wanjax.data.batch import place
 from wanjax.data.buckets import Order
 from wanjax.data.samples import TaskSamples
 from wanjax.demo.shapes import Kind, Shapes
 from wanjax.diffusion import solvers
+from wanjax.sampling.batch import sample_latents
+from wanjax.sampling.decoding import decode_batch
 from wanjax.training import metrics
 from wanjax.weights import Checkpoint
 
@@ -68,7 +71,7 @@ class Demo:
             width=SIZE,
             dtype="float32",
         )
-        self.encoders = Encoders(self.config, dit)
+        self.encoders = open_encoders(self.config, dit)
         self.dit = checkpoint.load("dit", dit, parameter_sharding)
         self.schedule = solvers.make_schedule(flags.solver, flags.steps, flags.shift, "official")
         self.empty = jnp.asarray(self.encoders.empty_text())
@@ -80,19 +83,17 @@ class Demo:
         samples = TaskSamples(clips, order, self.config, self.encoders.tokenizer, 2, self.encoders.clip.image_size)
         batch = self.encoders(place([samples.sample(i, 0) for i in numbers], len(numbers)))
         noise = metrics.noise_of([self.flags.first_seed + i for i in numbers], batch.latents.shape[1:])
-        latents = metrics.sample_latents(
-            self.dit, batch, self.empty, noise, self.schedule, self.flags.guidance, self.flags.steps
-        )
-        return np.asarray(metrics.decode(self.encoders.networks.vae, latents))
+        latents = sample_latents(self.dit, batch, self.empty, noise, self.schedule, self.flags.guidance)
+        return np.asarray(decode_batch(self.encoders.networks["vae"], latents))
 
     def through_vae(self, videos: np.ndarray) -> np.ndarray:
         """What the VAE alone makes of the true clips: nothing in its latents can be better."""
-        return np.asarray(_through_vae(self.encoders.networks.vae, videos))
+        return np.asarray(_through_vae(self.encoders.networks["vae"], videos))
 
 
 @jax.jit
 def _through_vae(vae, videos):
-    return metrics.decode(vae, vae.encode(videos.astype(jnp.float32) / 127.5 - 1))
+    return decode_batch(vae, vae.encode(to_pixels(videos)))
 
 
 def measure(demo: Demo, clips: Shapes) -> tuple[dict[str, list[float]], list[np.ndarray]]:

@@ -50,7 +50,7 @@ def measure(shape: MeshShape) -> dict[str, Any]:
     count = shape.batch * shape.sequence
     mesh = make_mesh(shape, jax.devices()[:count])
     with jax.set_mesh(mesh):
-        program = read(programs.denoise_step(VIDEO, NETWORK, programs.Shapes(mesh)).lower().compile())
+        program = read(programs.denoise_step(VIDEO, NETWORK, programs.AbstractInputs(mesh)).lower().compile())
     payload = {kind: program.payload(kind) for kind in KINDS}
     return {"mesh": str(shape), "devices": count, "operations": program.flops, **payload}
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from sharding.mesh import MeshShape, make_mesh
+from wanjax.conditioning.samples import Encoded, PixelSample
 from wanjax.config import CachedData, DiTConfig, ShapesData, TaskMix, TrainConfig
-from wanjax.data.batch import Encoded, Pixels
 from wanjax.data.buckets import Order
 from wanjax.data.samples import TaskSamples
 from wanjax.demo.shapes import Shapes
@@ -28,7 +28,7 @@ class Encoders:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, batch: Pixels) -> Encoded:
+    def __call__(self, batch: PixelSample) -> Encoded:
         self.calls += 1
         b = len(batch.video)
         latents = np.broadcast_to(

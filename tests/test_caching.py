@@ -15,11 +15,12 @@ import sample_jax
 from sharding.mesh import MeshShape, make_mesh
 from sharding.rules import shard_parameters
 from wanjax.config import DiTConfig, SampleConfig
-from wanjax.diffusion import caching, solvers
-from wanjax.diffusion.caching import RETAINED, SKIPS, magnitude_schedule, make_rules
+from wanjax.diffusion import solvers
+from wanjax.diffusion.caching import MAGCACHE_MAX_SKIPS, MAGCACHE_WARMUP_SHARE, Cached, magnitude_schedule
+from wanjax.diffusion.denoise import Guided, denoise, start
 from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT, unpatchify
-from wanjax.sampling import pipeline
+from wanjax.sampling.cache_rules import cfg_start, make_rules, switches
 from wanjax.sampling.calibration import Calibration
 
 STEPS, GUIDANCE, SHAPE = 10, 4.0, (1, 3, 6, 8, 16)
@@ -73,16 +74,12 @@ def run(rules, branches=2, cls=DiT, shape=None, parts=((0, STEPS),), steps=None)
         dit = jax.jit(shard_parameters)(network(cls))
         noise, control, text, image = inputs(branches)
         context = jax.jit(DiT.context)(dit, text, image)
-        state = solvers.init(noise)
-        if rules is None:
-            state = pipeline.denoise_steps(dit, SCHEDULE, state, control, context, GUIDANCE, 0, STEPS)
-            return np.asarray(state.sample), float(STEPS)
-        carry = state, caching.init(dit, rules, noise, control, branches)
-        for start, stop in parts:
-            carry = (steps or caching.denoise_steps)(
-                dit, SCHEDULE, rules, carry, control, context, GUIDANCE, start, stop
-            )
-        return np.asarray(carry[0].sample), float(carry[1].evaluations)
+        plain = (dit, context, control, GUIDANCE)
+        predictor = Guided(*plain) if rules is None else Cached(*plain, rules)
+        carry = start(predictor, noise)
+        for first, stop in parts:
+            carry = (steps or denoise)(predictor, SCHEDULE, carry, first, stop)
+        return np.asarray(carry[0].sample), float(STEPS if rules is None else carry[1].evaluations)
 
 
 def reference(cache, every=1, threshold=None):
@@ -99,7 +96,7 @@ def reference(cache, every=1, threshold=None):
     residual, before, difference = None, None, None
     for i in range(STEPS):
         tokens = embed(dit, jnp.concatenate([state.sample, control], -1), SCHEDULE.timesteps[i][None])
-        first = np.asarray(dit.first_input(tokens), np.float64)
+        first = np.asarray(dit.modulated_input(tokens), np.float64)
         fresh = bool(cache[i])
         if threshold is not None and before is not None:
             total += max(0.0, np.polyval(CALIBRATION.polynomial, abs(first - before).sum() / abs(before).sum()))
@@ -142,10 +139,8 @@ def test_off_is_the_plain_program():
 
 def test_off_is_the_plain_result(tmp_path, capsys):
     latents = []
-    for switches in ({}, {"cache": "fixed:1", "cfg_cache": "1"}, {"cache": "fixed:2"}):
-        sample_jax.main(
-            flags(DIFFUSERS, steps=3, **switches, save_latents=tmp_path / "l.npy", output=tmp_path / "v.npy")
-        )
+    for chosen in ({}, {"cache": "fixed:1", "cfg_cache": "1"}, {"cache": "fixed:2"}):
+        sample_jax.main(flags(DIFFUSERS, steps=3, **chosen, save_latents=tmp_path / "l.npy", output=tmp_path / "v.npy"))
         latents.append(np.load(tmp_path / "l.npy"))
     np.testing.assert_array_equal(latents[1], latents[0])
     assert np.abs(latents[2] - latents[0]).max() > 1e-4
@@ -158,10 +153,10 @@ def test_off_is_the_plain_result(tmp_path, capsys):
 @pytest.mark.parametrize("k", [2, 3, 20])
 def test_fixed_runs_every_kth_step(k):
     rules = rules_of(f"fixed:{k}")
-    assert np.flatnonzero(rules.fresh).tolist() == list(range(0, STEPS, k))
+    assert np.flatnonzero(rules.recompute).tolist() == list(range(0, STEPS, k))
     latents, evaluations = run(rules)
     assert evaluations == math.ceil(STEPS / k)
-    expected, count, _ = reference(rules.fresh)
+    expected, count, _ = reference(rules.recompute)
     assert count == evaluations
     close(latents, expected)
     assert np.abs(latents - plain()).max() > 1e-3 * np.abs(plain()).max()
@@ -177,13 +172,13 @@ def test_what_is_skipped_is_not_computed(monkeypatch):
 
     original = DiT.run_blocks
     monkeypatch.setattr(DiT, "run_blocks", counted)
-    steps = jax.jit(lambda *args: caching.denoise_steps.__wrapped__(*args))  # not traced yet
-    for switches, expected in (
+    steps = jax.jit(lambda *args: denoise.__wrapped__(*args))  # not traced yet
+    for chosen, expected in (
         (("fixed:3", "off"), [2, 2, 2, 2]),
         (("off", "3"), [2, 2, 2, 2, 1, 1, 2, 1, 1, 2]),
         (("fixed:2", "2"), [2, 2, 1, 2, 1]),
     ):
-        evaluations = run(rules_of(*switches), steps=steps)[1]
+        evaluations = run(rules_of(*chosen), steps=steps)[1]
         jax.effects_barrier()
         assert sorted(executed) == sorted(expected)
         assert evaluations == sum(expected) / 2
@@ -194,7 +189,7 @@ def test_what_is_skipped_is_not_computed(monkeypatch):
 def test_teacache_adds_up_changes(threshold):
     rules = rules_of(f"teacache:{threshold}")
     latents, evaluations = run(rules)
-    expected, count, ran = reference(rules.fresh, threshold=threshold)
+    expected, count, ran = reference(rules.recompute, threshold=threshold)
     assert evaluations == count
     assert {1e-6: len(ran) == STEPS, 1.0: 2 < len(ran) < STEPS, 100.0: ran == [0, STEPS - 1]}[threshold]
     close(latents, expected)
@@ -202,28 +197,28 @@ def test_teacache_adds_up_changes(threshold):
 
 def test_magcache_adds_up_errors():
     steps = 20
-    first = math.ceil(RETAINED * steps)
+    first = math.ceil(MAGCACHE_WARMUP_SHARE * steps)
     still = magnitude_schedule(np.ones(steps), 0.1)
     assert np.flatnonzero(still).tolist() == [
         *range(first),
-        first + SKIPS,
-        first + 2 * SKIPS + 1,
-        first + 3 * SKIPS + 2,
+        first + MAGCACHE_MAX_SKIPS,
+        first + 2 * MAGCACHE_MAX_SKIPS + 1,
+        first + 3 * MAGCACHE_MAX_SKIPS + 2,
     ]
     growing = magnitude_schedule(np.full(steps, 1.1), 0.35)  # errors 0.1, 0.21 and 0.331 a step: the third is too much
     assert np.flatnonzero(growing).tolist() == [*range(first), *range(first + 2, steps, 3)]
     assert magnitude_schedule(np.full(steps, 1.2), 0.1).all()
     rules = rules_of("magcache:0.1")
     latents, evaluations = run(rules)
-    assert evaluations == rules.fresh.sum() < STEPS
-    close(latents, reference(rules.fresh)[0])
+    assert evaluations == rules.recompute.sum() < STEPS
+    close(latents, reference(rules.recompute)[0])
 
 
 @pytest.mark.parametrize(("cache", "k"), [("off", 2), ("off", 4), ("fixed:2", 2), ("teacache:1.0", 3)])
 def test_cfg_cache(cache, k):
     rules = rules_of(cache, str(k))
     latents, evaluations = run(rules)
-    fresh = np.ones(STEPS, bool) if rules.fresh is None else rules.fresh
+    fresh = np.ones(STEPS, bool) if rules.recompute is None else rules.recompute
     expected, count, _ = reference(fresh, k, 1.0 if "teacache" in cache else None)
     assert evaluations == count < run(rules_of(cache))[1]
     close(latents, expected)
@@ -241,25 +236,25 @@ def test_cfg_cache(cache, k):
 )
 def test_cfg_cache_starts_where_it_does_no_harm(cache, k, changes, first):
     rules = rules_of(cache, str(k), dataclasses.replace(CALIBRATION, difference_change=changes))
-    assert np.flatnonzero(rules.late).tolist() == list(range(first, STEPS))
+    assert np.flatnonzero(rules.may_skip_uncond).tolist() == list(range(first, STEPS))
     if k == 4:
         assert run(rules)[1] == 8 + 2 * 0.5
     # Twice as many steps, half the changes between them; and guidance decides.
     calibration = dataclasses.replace(CALIBRATION, difference_change=changes)
     sigmas = np.interp(np.arange(2 * STEPS - 1) / 2, np.arange(STEPS), CALIBRATION.sigmas)
     if (cache, k) == ("off", 2):
-        assert caching.cfg_start(calibration, sigmas, 2 * GUIDANCE - 1, k) == 2 * first - 1
-    assert caching.cfg_start(calibration, sigmas, 1.001, k) == 1
+        assert cfg_start(calibration, sigmas, 2 * GUIDANCE - 1, k) == 2 * first - 1
+    assert cfg_start(calibration, sigmas, 1.001, k) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ exactness
 
 
-@pytest.mark.parametrize("switches", [("fixed:4", "off"), ("off", "3"), ("fixed:2", "2"), ("teacache:1", "2")])
-def test_what_does_not_change_may_be_reused(switches):
+@pytest.mark.parametrize("chosen", [("fixed:4", "off"), ("off", "3"), ("fixed:2", "2"), ("teacache:1", "2")])
+def test_what_does_not_change_may_be_reused(chosen):
     """With a residual that is the same at every step, the caches change nothing but the last bits."""
     expected = run(None, cls=ConstantResidual)[0]
-    latents, evaluations = run(rules_of(*switches), cls=ConstantResidual)
+    latents, evaluations = run(rules_of(*chosen), cls=ConstantResidual)
     assert evaluations < STEPS
     close(latents, expected)
 
@@ -274,23 +269,23 @@ def test_parts_of_a_run_are_the_run():
 
 def test_without_guidance():
     rules = make_rules(SampleConfig(cache="fixed:2", guidance=1, fast=True), SCHEDULE)
-    assert rules.late is None
+    assert rules.may_skip_uncond is None
     latents, evaluations = run(rules, branches=1)
     assert evaluations == 5
     assert np.isfinite(latents).all()
 
 
 @pytest.mark.parametrize(
-    ("switches", "shape"),
+    ("chosen", "shape"),
     [
         (("fixed:2", "off"), MeshShape(data=2, ring=2, ulysses=2)),
         (("teacache:1.0", "2"), MeshShape(ring=2, ulysses=4)),
         (("off", "3"), MeshShape(data=4, ulysses=2)),
     ],
 )
-def test_sharded_equals_unsharded(switches, shape):
-    expected, evaluations = run(rules_of(*switches))
-    latents, sharded_evaluations = run(rules_of(*switches), shape=shape)
+def test_sharded_equals_unsharded(chosen, shape):
+    expected, evaluations = run(rules_of(*chosen))
+    latents, sharded_evaluations = run(rules_of(*chosen), shape=shape)
     assert sharded_evaluations == evaluations
     close(latents, expected)
 
@@ -326,7 +321,7 @@ def test_bad_switches(tmp_path, switches, words):
 
 
 def test_flags_override_the_preset():
-    assert caching.switches(SampleConfig(fast=True, cache="off", cfg_cache="off")) == ("off", 0.0, 1)
-    assert caching.switches(SampleConfig(fast=True)) != ("off", 0.0, 1)
+    assert switches(SampleConfig(fast=True, cache="off", cfg_cache="off")) == ("off", 0.0, 1)
+    assert switches(SampleConfig(fast=True)) != ("off", 0.0, 1)
     with pytest.raises(InputError):
-        caching.switches(SampleConfig(fast=True, cache="x"))
+        switches(SampleConfig(fast=True, cache="x"))

@@ -15,11 +15,13 @@ from test_sample import DIFFUSERS, flags, refused
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import SampleConfig
-from wanjax.diffusion import caching, solvers
-from wanjax.diffusion.caching import Rules, magnitude_schedule
+from wanjax.diffusion.caching import Cached, Rules, magnitude_schedule
+from wanjax.diffusion.denoise import denoise, network_input, start
+from wanjax.diffusion.guidance import guided
 from wanjax.errors import InputError
 from wanjax.report import programs
-from wanjax.sampling import calibrate, calibration, pipeline
+from wanjax.sampling import calibrate, calibration
+from wanjax.sampling.pipeline import Pipeline
 from wanjax.weights import Checkpoint
 
 STEPS = 6
@@ -108,28 +110,29 @@ def test_without_guidance(tmp_path, capsys):
 
 def test_the_error_of_the_restored_branch_is_the_one_measured():
     """What the CFG cache does to the guided velocity, one step after both branches ran."""
-    rules = Rules(None, None, None, every=np.int32(2), late=jnp.ones(STEPS, bool))
+    rules = Rules(None, None, None, uncond_interval=np.int32(2), may_skip_uncond=jnp.ones(STEPS, bool))
     dit = network()
     noise, control, text, image = inputs(2)
     context, schedule = dit.context(text, image), jax.tree.map(jnp.asarray, SCHEDULE)
 
+    plain = (dit, context, control, GUIDANCE)
+    skips, never = Cached(*plain, rules), Cached(*plain, rules._replace(may_skip_uncond=~rules.may_skip_uncond))
+
     @jax.jit
     def velocities(i, sample, cache):
-        tokens = dit.embed(caching.latents(sample, control), schedule.timesteps[i][None])
-        velocity, after = caching.predict(dit, rules._replace(late=~rules.late), i, tokens, context, cache)
-        restored, _ = caching.predict(dit, rules, i, tokens, context, cache)
+        tokens = dit.embed(network_input(sample, control), schedule.timesteps[i][None])
+        velocity, after = never.branch_velocities(i, tokens, cache)
+        restored, _ = skips.branch_velocities(i, tokens, cache)
         return velocity, restored, after
 
-    state, kept, cache = solvers.init(noise), None, caching.init(dit, rules, noise, control, 2)
+    predictor, cache = calibrate.Measured(*plain), skips.init(noise)
+    carry = start(predictor, noise)
     for i in range(4):
-        velocity, restored, cache = velocities(i, state.sample, cache)
-        # The state is given away.
-        state, kept, change = calibrate.measured_step(
-            dit, schedule, jax.tree.map(jnp.copy, state), kept, control, context, GUIDANCE, i
-        )
+        velocity, restored, cache = velocities(i, carry[0].sample, cache)
+        carry = denoise(predictor, SCHEDULE, carry, i, i + 1)
         if i:
-            error = jnp.abs(caching.guided(restored, GUIDANCE) - caching.guided(velocity, GUIDANCE)).mean()
-            foretold = (GUIDANCE - 1) * change.difference * jnp.abs(velocity[0]).mean()
+            error = jnp.abs(guided(restored, GUIDANCE, 2) - guided(velocity, GUIDANCE, 2)).mean()
+            foretold = (GUIDANCE - 1) * carry[1].change.cfg_delta * jnp.abs(velocity[0]).mean()
             np.testing.assert_allclose(error, foretold, rtol=1e-4)
 
 
@@ -139,8 +142,8 @@ def test_a_run_takes_the_file(measured, tmp_path, capsys):
     sample_jax.main(flags(DIFFUSERS, **run, cache=cache))
     evaluations = float(capsys.readouterr().out.split("DiT evaluations: ")[1].split()[0])
     assert 2 <= evaluations < STEPS
-    plan = pipeline.prepare(sample_jax.parse(flags(DIFFUSERS, **{**run, "steps": 9, "cache": "magcache:0.1"})))
-    assert plan.caching.fresh.shape == (9,)
+    config = sample_jax.parse(flags(DIFFUSERS, **{**run, "steps": 9, "cache": "magcache:0.1"}))
+    assert Pipeline(config).prepare().rules.recompute.shape == (9,)
 
 
 def test_resampled_to_other_steps(measured):
@@ -216,7 +219,7 @@ def test_bad_flags(tmp_path, monkeypatch, changes, words):
 def test_bad_prompts(tmp_path, text, words):
     (tmp_path / "prompts").write_text(text)
     with pytest.raises(InputError) as caught:
-        calibrate.read_prompts(str(tmp_path / "prompts"), SampleConfig())
+        calibrate.read_prompts(str(tmp_path / "prompts"))
     assert all(word in str(caught.value) for word in words)
 
 
@@ -225,14 +228,11 @@ def test_fits_on_a_mesh():
     config = SampleConfig(height=48, width=64, frames=9)
     mesh = make_mesh(MeshShape(data=2, ring=2, ulysses=2))
     with jax.set_mesh(mesh):
-        shapes = programs.Shapes(mesh)
-        dit, schedule, state, control, context, guidance, i, _ = programs.denoise_step(
-            config, NETWORK, shapes
-        ).arguments
-        kept = None
-        for _ in range(2):
-            arguments = (dit, schedule, state, kept, control, context, guidance, i)
-            after, kept, change = jax.eval_shape(calibrate.measured_step, *arguments)
+        stage = programs.denoise_step(config, NETWORK, programs.AbstractInputs(mesh))
+        predictor, schedule, (state, _), *steps = stage.arguments
+        measured = calibrate.Measured(*vars(predictor).values())
+        carry = jax.eval_shape(start, measured, state.sample)
+        after, memory = jax.eval_shape(denoise, measured, schedule, carry, *steps)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-        assert kept.residual.shape == (2, 36, NETWORK.dim)
-        assert [x.shape for x in change] == [(), (), (), ()]
+        assert memory.residual.shape == (2, 36, NETWORK.dim)
+        assert [x.shape for x in memory.change] == [(), (), (), ()]

@@ -21,9 +21,10 @@ from test_sample import DIFFUSERS, flags
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import SampleConfig
-from wanjax.diffusion import caching, solvers
+from wanjax.diffusion import solvers
 from wanjax.models.dit import DiT
 from wanjax.sampling import compile_cache
+from wanjax.sampling.cache_rules import make_rules
 from wanjax.sampling.compile_cache import Programs
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +144,7 @@ def test_the_configuration_is_in_the_key():
 
     def name(solver="unipc", steps=STEPS, rules=True, **changes):
         dit = DiT(dataclasses.replace(NETWORK, **changes), nnx.Rngs(0))
-        kept = caching.make_rules(SampleConfig(cache="fixed:2"), SCHEDULE) if rules else None
+        kept = make_rules(SampleConfig(cache="fixed:2"), SCHEDULE) if rules else None
         return compile_cache.key(double, (dit, solvers.make_schedule(solver, steps, 5.0), kept))
 
     changes = [{"attention": "int8fp8"}, {"attention": "reference"}, {"eps": 1e-5}, {"num_heads": 2}]

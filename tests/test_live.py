@@ -13,7 +13,7 @@ import pytest
 from test_parameter_counts import COUNTS, count
 
 from wanjax.config import SampleConfig
-from wanjax.sampling import pipeline
+from wanjax.sampling.pipeline import Pipeline
 from wanjax.weights import Checkpoint
 
 pytestmark = pytest.mark.live
@@ -203,7 +203,7 @@ def test_pipeline(task, tmp_path):
         checkpoint=str(tmp_path), conventions="diffusers", dtype="float32", initial_noise=str(tmp_path / "noise.npy"),
         first_frame=files.get("first"), last_frame=files.get("last"), **case,
     )  # fmt: skip
-    close(pipeline.sample(pipeline.prepare(config)).latents, last(reference))
+    close(Pipeline(config)().latents, last(reference))
 
 
 def reference_model(name):

@@ -33,7 +33,7 @@ from sharding.rules import parameter_sharding, shard_parameters
 from wanjax.config import DiTConfig, LoRAConfig
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.sampling import pipeline
+from wanjax.sampling.pipeline import Conditions, Pipeline
 from wanjax.weights import Checkpoint, lora, save
 from wanjax.weights.lora_files import METADATA, LoRAFile
 from wanjax.weights.quantize import quantize
@@ -156,9 +156,9 @@ def test_a_checkpoint_in_8_bits(tmp_path):
     save(tmp_path / "c", "official", {"dit": quantize(load("official")[0], "int8")}, base=CHECKPOINT, pth=False)
     path = write(tmp_path / "a.safetensors", official(factors()))
     argv = flags(OFFICIAL, checkpoint=tmp_path / "c", lora=path)
-    plan = pipeline.prepare(sample_jax.parse(argv))
-    assert not plan.lora_merged
-    dit = lora.load(plan.checkpoint, plan.dit, plan.loras, plan.lora_merged)
+    networks = Pipeline(sample_jax.parse(argv)).networks
+    assert not networks.merged
+    dit = lora.load(networks.checkpoint, networks.configs["dit"], networks.loras, networks.merged)
     assert dit.blocks.ffn.fc_in.lora.rank == 4
     refused([*argv, "--lora-merge"], ["--lora-merge", "8 bits"])
     difference = np.zeros((CONFIG.ffn_dim, CONFIG.dim), np.float32)
@@ -169,17 +169,14 @@ def test_a_checkpoint_in_8_bits(tmp_path):
 def test_command_line(tmp_path, capsys, monkeypatch):
     """From the flags to the latents, with features and a control branch that are made up."""
 
-    def sample(plan):
+    def encode(pipe, request, stages):
         keys = jax.random.split(jax.random.key(0), 3)
         features = jax.random.normal(keys[0], (1, 512, CONFIG.text_dim))
         image = jax.random.normal(keys[1], (1, CONFIG.image_positions, CONFIG.image_dim))
-        control = jax.random.normal(keys[2], (*plan.noise.shape[:-1], 20))
-        with jax.set_mesh(plan.mesh):
-            dit, context = pipeline.load_dit(plan, pipeline.Conditions(features, image, control))
-            latents, evaluations = pipeline.denoise(plan, dit, context, control)
-        return pipeline.Result(np.asarray(latents), np.zeros((9, 48, 64, 3), np.uint8), {}, evaluations)
+        return Conditions(features, image, jax.random.normal(keys[2], (*request.noise.shape[:-1], 20)))
 
-    monkeypatch.setattr(pipeline, "sample", sample)
+    monkeypatch.setattr(Pipeline, "encode", encode)
+    monkeypatch.setattr(Pipeline, "decode", lambda *_: np.zeros((9, 48, 64, 3), np.uint8))
     files = [write(tmp_path / f"{i}.safetensors", official(factors(i))) for i in range(2)]
     given = ["--lora", files[0], "--lora", f"{files[1]}:0.5"]
     run = {"steps": 2, "guidance": 1, "solver": "euler", "output": tmp_path / "v.npy"}

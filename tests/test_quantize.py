@@ -21,7 +21,7 @@ from wanjax.config import DiTConfig, TrainConfig
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.ops.quantized import DTYPES, matmul, quantize_weight
-from wanjax.sampling import pipeline
+from wanjax.sampling.pipeline import Pipeline
 from wanjax.training import checks
 from wanjax.weights import Checkpoint, convert, save
 from wanjax.weights.quantize import main, quantize
@@ -116,7 +116,7 @@ def test_command(layers, layout, dtype, tmp_path, capsys):
     leaves, tree = jax.tree.flatten(model)
     model = jax.tree.unflatten(tree, [x.astype(kept) for x, kept in zip(leaves, dtypes, strict=True)])
     written = Checkpoint(tmp_path / "a")
-    plan = pipeline.prepare(sample_jax.parse(flags(OFFICIAL, checkpoint=written.path, dtype=dtype)))
+    plan = Pipeline(sample_jax.parse(flags(OFFICIAL, checkpoint=written.path, dtype=dtype)))
     assert (plan.dit.quantize, plan.dit.quantized_layers) == ("int8", layers)
     assert_same_model(written.load("dit", plan.dit), model)
     run = {"save_latents": tmp_path / "l.npy", "output": tmp_path / "v.npy", "steps": 2, "dtype": dtype}

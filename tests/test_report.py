@@ -61,7 +61,7 @@ def test_work_is_shared_evenly(mesh):
     def operations(shape):
         real = make_mesh(shape, jax.devices()[: shape.sequence])
         with jax.set_mesh(real):
-            return read(programs.denoise_step(video, network, programs.Shapes(real)).lower().compile()).flops
+            return read(programs.denoise_step(video, network, programs.AbstractInputs(real)).lower().compile()).flops
 
     assert operations(mesh) * 8 == pytest.approx(operations(MeshShape()), rel=0.05)
 

@@ -13,7 +13,7 @@ import safetensors.numpy
 
 import sample_jax
 from wanjax.errors import InputError
-from wanjax.sampling import pipeline
+from wanjax.sampling.pipeline import Pipeline
 from wanjax.weights import Checkpoint, save
 from wanjax.weights.quantize import in_8_bits
 
@@ -127,17 +127,17 @@ def test_in_8_bits(tmp_path):
     for choice in (None, "int8"):
         config = sample_jax.parse(flags(OFFICIAL, checkpoint=tmp_path / "int8", quantize=choice))
         assert in_8_bits(config)
-        assert pipeline.prepare(config).dit == dit.config
+        assert Pipeline(config).dit == dit.config
     words = ["--quantize fp8", "quantised to int8", "leave --quantize out"]
     refused(flags(OFFICIAL, checkpoint=tmp_path / "int8", quantize="fp8"), words)
 
 
 def test_switches_that_are_off_change_nothing():
     plain, off = (
-        pipeline.prepare(sample_jax.parse(flags(OFFICIAL, **switches)))
+        Pipeline(sample_jax.parse(flags(OFFICIAL, **switches)))
         for switches in ({}, {"quantize": "off", "attention": "auto"})
     )
-    assert plain.dit == off.dit == dataclasses.replace(plain.checkpoint.config("dit"))
+    assert plain.dit == off.dit == dataclasses.replace(plain.networks.checkpoint.config("dit"))
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from sharding.mesh import MeshShape, make_mesh
+from wanjax.conditioning.samples import Encoded
 from wanjax.config import DiTConfig, TrainConfig
-from wanjax.data.batch import Encoded
 from wanjax.training import checks
 from wanjax.training.speed import operations, peak, step_operations
 

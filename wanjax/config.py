@@ -185,6 +185,10 @@ class SampleConfig:
     note: str | None = None  # printed before sampling
 
 
+NETWORK_FIELDS = ("checkpoint", "dtype", "quantize", "attention", "mesh", "lora", "lora_merge", "compile_cache")
+"""Of `SampleConfig`: what the networks are; the others are what is asked of them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     """Low-rank adapters to train; see `wanjax.weights.lora`.

@@ -116,6 +116,11 @@ def to_pixels(video: jax.Array) -> jax.Array:
     return video.astype(jnp.float32) / 127.5 - 1  # 8 bits do not hold what lies between
 
 
+def to_uint8(video: jax.Array) -> jax.Array:
+    """What the VAE decoded, in [-1, 1], to uint8, any shape."""
+    return jnp.round((video.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
+
+
 def control_video(video: jax.Array, given: jax.Array | np.ndarray) -> jax.Array:
     """The control video from a whole one: its given frames, zeros (mid-grey) elsewhere; what goes into the VAE.
 

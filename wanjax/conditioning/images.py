@@ -32,8 +32,8 @@ CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 ACCEPTED = "accepted: PNG, JPEG, WebP, BMP, GIF or TIFF with 8 or 16 bits a channel"
 
 
-def read_image(path: str | Path) -> PIL.Image.Image:
-    """The picture in a file, upright, as 8-bit RGB.
+def read_image(path: str | Path | Picture) -> PIL.Image.Image:
+    """The picture in a file, or one that is there already, upright, as 8-bit RGB.
 
     EXIF orientation is applied, transparency laid on white, 16-bit gray scaled to 8 bits; of an animation the first
     picture is taken.
@@ -41,6 +41,10 @@ def read_image(path: str | Path) -> PIL.Image.Image:
     Raises:
       InputError: the file is missing, is not a picture, or is damaged.
     """
+    if isinstance(path, PIL.Image.Image):
+        return as_rgb(PIL.ImageOps.exif_transpose(path))
+    if isinstance(path, np.ndarray):
+        return as_rgb(path)
     try:
         with PIL.Image.open(path) as file:
             file.load()

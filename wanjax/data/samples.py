@@ -12,9 +12,9 @@ import numpy as np
 
 from wanjax.conditioning import images
 from wanjax.conditioning.frames import given_frames
+from wanjax.conditioning.samples import PixelSample
 from wanjax.conditioning.text import Tokenizer
 from wanjax.config import TaskMix, TrainConfig
-from wanjax.data.batch import Pixels
 from wanjax.data.buckets import Order
 from wanjax.data.clip import Clips
 from wanjax.errors import InputError
@@ -99,17 +99,17 @@ class TaskSamples:
         self.clips, self.order, self.config, self.tokenizer = clips, order, config, tokenizer
         self.images, self.image_size = images, image_size
 
-    def __getitem__(self, index: int) -> Pixels:
+    def __getitem__(self, index: int) -> PixelSample:
         """Sample `index`, from 0."""
         return self.sample(*place_of(index, self.order, self.config), *dropped(self.config, index))
 
-    def sample(self, number: int, variant: int, no_caption: bool = False, no_images: bool = False) -> Pixels:
+    def sample(self, number: int, variant: int, no_caption: bool = False, no_images: bool = False) -> PixelSample:
         """A clip with a draw of what is given of it."""
         return self.named_sample(number, variant, no_caption, no_images)[1]
 
     def named_sample(
         self, number: int, variant: int, no_caption: bool = False, no_images: bool = False
-    ) -> tuple[str, Pixels]:
+    ) -> tuple[str, PixelSample]:
         """The same with the clip's name before it."""
         clip = self.clips[number]
         rng = np.random.default_rng((self.config.seed, number, variant))
@@ -118,7 +118,7 @@ class TaskSamples:
         ends = (0, -1)[: self.images]
         pixels = [images.clip_pixels(clip.video[i], self.image_size, "official") for i in ends]
         has_image = np.array([given[i] and not no_images for i in ends], bool)
-        sample = Pixels(clip.video, given, ids[0], mask[0], np.stack(pixels) if pixels else None, has_image)
+        sample = PixelSample(clip.video, given, ids[0], mask[0], np.stack(pixels) if pixels else None, has_image)
         return clip.name, sample
 
     def name(self, index: int) -> str:

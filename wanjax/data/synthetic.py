@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from wanjax.conditioning.frames import given_frames, latent_frames, latent_mask, latent_size
+from wanjax.conditioning.samples import Encoded
 from wanjax.config import DiTConfig, TrainConfig
-from wanjax.data.batch import Encoded
 
 
 class Synthetic:

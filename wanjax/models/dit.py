@@ -152,7 +152,7 @@ class DiT(nnx.Module):
         modulation = self.time_projection(jax.nn.silu(time)).reshape(-1, 6, c.dim)  # [b, 6, e]
         return Tokens(x, time, modulation, rotation, grid)
 
-    def first_input(self, tokens: Tokens) -> jax.Array:
+    def modulated_input(self, tokens: Tokens) -> jax.Array:
         """What the first block's self-attention sees, `[b, l, e]`: cheap, and changes as the network's result does."""
         first = self.stacks[0]
         m = gather(first.modulation[...][0])[None] + tokens.modulation  # [b, 6, e]

@@ -58,17 +58,17 @@ def working_bytes(tokens: int, dit: DiTConfig, samples: int = 1) -> int:
 
 def sampling(config: SampleConfig, dit: DiTConfig, shape: MeshShape, mesh: AbstractMesh) -> Row:
     """Bytes per device of the largest stage, the DiT's steps."""
-    shapes = programs.Shapes(mesh)
-    step = programs.denoise_step(config, dit, shapes)
+    inputs = programs.AbstractInputs(mesh)
+    step = programs.denoise_step(config, dit, inputs)
     step.check()
-    network, _, state, control, context, *_ = step.arguments
-    loaded = bytes_per_device(programs.context(config, dit, shapes).arguments[0])
+    predictor, _, (state, _), *_ = step.arguments
+    loaded = bytes_per_device(programs.context(config, dit, inputs).arguments[0])
     branches = 1 if config.guidance == 1 else 2
     tokens = tokens_per_device(programs.latent_shape(config), dit, shape)
     row = {
-        "weights": bytes_per_device(network),
-        "context": bytes_per_device(context),
-        "latents": bytes_per_device((state, control)),
+        "weights": bytes_per_device(predictor.dit),
+        "context": bytes_per_device(predictor.context),
+        "latents": bytes_per_device((state, predictor.control)),
         "activations~": working_bytes(tokens, dit, -(-branches // shape.batch)),
     }
     return {**row, "step~": sum(row.values()), "all weights": loaded}
@@ -77,7 +77,7 @@ def sampling(config: SampleConfig, dit: DiTConfig, shape: MeshShape, mesh: Abstr
 def training(config: TrainConfig, dit: DiTConfig, shape: MeshShape, mesh: AbstractMesh) -> Row:
     """Bytes per device of the training step, for one sample in every part of the batch's axes."""
     config = dataclasses.replace(config, batch=shape.batch, accumulate=1)
-    step = programs.train_step(config, dit, programs.Shapes(mesh))
+    step = programs.train_step(config, dit, programs.AbstractInputs(mesh))
     step.check()
     state, batch = step.arguments
     tokens = tokens_per_device(programs.latent_shape(config), dit, shape)
@@ -97,17 +97,17 @@ def programs_of(
     config: SampleConfig | TrainConfig, dit: DiTConfig, mesh: Mesh
 ) -> dict[str, Callable[[], programs.Stage]]:
     """What a run compiles, by name."""
-    shapes = programs.Shapes(mesh)
+    inputs = programs.AbstractInputs(mesh)
     if isinstance(config, TrainConfig):
         batch = mesh.shape["data"] * mesh.shape["fsdp"]
         one_each = dataclasses.replace(config, batch=batch, accumulate=1)
-        return {"training step": lambda: programs.train_step(one_each, dit, shapes)}
+        return {"training step": lambda: programs.train_step(one_each, dit, inputs)}
     return {
-        "DiT step": lambda: programs.denoise_step(config, dit, shapes),
-        "umT5": lambda: programs.encode_text(config, shapes),
-        "CLIP": lambda: programs.encode_images(config, shapes),
-        "VAE encode": lambda: programs.vae_chunks(config, shapes)[0],
-        "VAE decode": lambda: programs.vae_chunks(config, shapes)[1],
+        "DiT step": lambda: programs.denoise_step(config, dit, inputs),
+        "umT5": lambda: programs.encode_text(config, inputs),
+        "CLIP": lambda: programs.encode_images(config, inputs),
+        "VAE encode": lambda: programs.vae_chunks(config, inputs)[0],
+        "VAE decode": lambda: programs.vae_chunks(config, inputs)[1],
     }
 
 

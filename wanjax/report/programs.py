@@ -13,15 +13,19 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sharding.rules import activation_spec, parameter_sharding
+from wanjax.conditioning.encoders import encode_chunk, image_features, text_features
 from wanjax.conditioning.frames import latent_frames, latent_size
+from wanjax.conditioning.samples import Encoded
 from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, TrainConfig, UMT5Config, VAEConfig
-from wanjax.data.batch import Encoded
 from wanjax.diffusion import solvers
+from wanjax.diffusion.denoise import Guided, denoise
 from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import DiT
 from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
-from wanjax.sampling import pipeline
+from wanjax.sampling.decoding import decode_chunk
+from wanjax.sampling.pipeline import make_context
+from wanjax.sampling.request import choose_size
 from wanjax.training.objectives.flow_matching import FlowMatching, in_dtypes
 from wanjax.training.state import new_state
 from wanjax.training.step import make_step
@@ -42,7 +46,7 @@ class Stage(NamedTuple):
         return jax.eval_shape(self.function, *self.arguments)
 
 
-class Shapes:
+class AbstractInputs:
     """Makes shapes on a mesh; use it under that mesh.
 
     Args:
@@ -79,84 +83,85 @@ def latent_shape(config: SampleConfig | TrainConfig) -> tuple[int, int, int]:
     height, width = config.height, config.width
     if height is None or width is None:
         assert isinstance(config, SampleConfig)
-        height, width = pipeline.choose_size(config, [])
+        height, width = choose_size(config, [])
     return latent_frames(config.frames), *latent_size(height, width)
 
 
-def features(shapes: Shapes, dit: DiTConfig, batch: int) -> tuple[Any, Any]:
+def features(inputs: AbstractInputs, dit: DiTConfig, batch: int) -> tuple[Any, Any]:
     """Text and image features `[b, l, ..]`."""
-    text = shapes.array((batch, dit.text_len, dit.text_dim), jnp.float32, "batch", None, None)
+    text = inputs.array((batch, dit.text_len, dit.text_dim), jnp.float32, "batch", None, None)
     if dit.image_dim is None:
         return text, None
     length = dit.image_positions or CLIPConfig().num_tokens
-    return text, shapes.array((batch, length, dit.image_dim), jnp.float32, "batch", None, None)
+    return text, inputs.array((batch, length, dit.image_dim), jnp.float32, "batch", None, None)
 
 
-def context(config: SampleConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
+def context(config: SampleConfig, dit: DiTConfig, inputs: AbstractInputs) -> Stage:
     """Cross-attention keys and values, once per video."""
-    text, image = features(shapes, dit, 1 if config.guidance == 1 else 2)
-    return Stage(pipeline._context, (shapes.network(lambda rngs: DiT(dit, rngs)), text, image))
+    text, image = features(inputs, dit, 1 if config.guidance == 1 else 2)
+    return Stage(make_context, (inputs.network(lambda rngs: DiT(dit, rngs)), text, image))
 
 
-def denoise_step(config: SampleConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
+def denoise_step(config: SampleConfig, dit: DiTConfig, inputs: AbstractInputs) -> Stage:
     """One step of the solver, both branches of guidance in it."""
-    before = context(config, dit, shapes)
+    before = context(config, dit, inputs)
     size = latent_shape(config)
     latents = jax.eval_shape(lambda: jnp.zeros((1, *size, dit.out_channels)))
-    state = shapes.like(jax.eval_shape(solvers.init, latents))
+    state = inputs.like(jax.eval_shape(solvers.init, latents))
     channels = dit.in_channels - dit.out_channels
-    control = shapes.array((1, *size, channels)) if channels else None
+    control = inputs.array((1, *size, channels)) if channels else None
     schedule = solvers.make_schedule(config.solver, config.steps, config.shift or 16.0, config.conventions)
     network = before.arguments[0].without_context()
-    arguments = (network, schedule, state, control, shapes.like(before.check()), config.guidance, 0, 1)
-    return Stage(pipeline.denoise_steps, arguments)
+    predictor = Guided(network, inputs.like(before.check()), control, config.guidance)
+    return Stage(denoise, (predictor, schedule, (state, None), 0, 1))
 
 
-def encode_text(config: SampleConfig, shapes: Shapes) -> Stage:
+def encode_text(config: SampleConfig, inputs: AbstractInputs) -> Stage:
     """umT5-XXL on the prompt and the negative prompt."""
     dtype = jnp.dtype(config.dtype)
-    network = shapes.network(lambda rngs: UMT5Encoder(UMT5Config(dtype=dtype, param_dtype=dtype), rngs))
+    network = inputs.network(lambda rngs: UMT5Encoder(UMT5Config(dtype=dtype, param_dtype=dtype), rngs))
     shape = (1 if config.guidance == 1 else 2, DiTConfig().text_len)
-    return Stage(pipeline._encode_text, (network, shapes.array(shape, jnp.int32), shapes.array(shape, jnp.bool_)))
+    return Stage(text_features, (network, inputs.array(shape, jnp.int32), inputs.array(shape, jnp.bool_)))
 
 
-def encode_images(config: SampleConfig, shapes: Shapes) -> Stage:
+def encode_images(config: SampleConfig, inputs: AbstractInputs) -> Stage:
     """CLIP ViT-H on the first and the last frame."""
     dtype = jnp.dtype(config.dtype)
     clip = CLIPConfig(dtype=dtype, param_dtype=dtype)
-    network = shapes.network(lambda rngs: CLIPVision(clip, rngs))
-    return Stage(pipeline._encode_images, (network, shapes.array((2, clip.image_size, clip.image_size, 3))))
+    network = inputs.network(lambda rngs: CLIPVision(clip, rngs))
+    pixels = inputs.array((2, clip.image_size, clip.image_size, 3))
+    return Stage(image_features, (network, pixels))
 
 
-def vae_chunks(config: SampleConfig, shapes: Shapes) -> tuple[Stage, Stage]:
+def vae_chunks(config: SampleConfig, inputs: AbstractInputs) -> tuple[Stage, Stage]:
     """The VAE's encoding and decoding of a chunk in the middle of a clip: four frames, one latent frame."""
     vae = VAEConfig()
-    network = shapes.network(lambda rngs: VAE(vae, rngs))
+    network = inputs.network(lambda rngs: VAE(vae, rngs))
     _, h, w = latent_shape(config)
 
     def frames(count: int) -> Any:
-        return shapes.array((1, count, h * vae.spatial_factor, w * vae.spatial_factor, 3))
+        return inputs.array((1, count, h * vae.spatial_factor, w * vae.spatial_factor, 3))
 
-    latents = shapes.array((1, 1, h, w, vae.z_dim))
-    _, encoding = Stage(pipeline._encode_chunk, (network, frames(1), None)).check()
-    _, decoding = Stage(pipeline._decode_chunk, (network, latents, None)).check()
+    latents = inputs.array((1, 1, h, w, vae.z_dim))
+    _, encoding = Stage(encode_chunk, (network, frames(1), None)).check()
+    _, decoding = Stage(decode_chunk, (network, latents, None)).check()
     return (
-        Stage(pipeline._encode_chunk, (network, frames(vae.temporal_factor), shapes.like(encoding))),
-        Stage(pipeline._decode_chunk, (network, latents, shapes.like(decoding))),
+        Stage(encode_chunk, (network, frames(vae.temporal_factor), inputs.like(encoding))),
+        Stage(decode_chunk, (network, latents, inputs.like(decoding))),
     )
 
 
-def train_step(config: TrainConfig, dit: DiTConfig, shapes: Shapes) -> Stage:
+def train_step(config: TrainConfig, dit: DiTConfig, inputs: AbstractInputs) -> Stage:
     """One optimiser step on a whole batch."""
     dit = in_dtypes(dit, config)
     objective = FlowMatching(config, dit)
-    state = shapes.like(jax.eval_shape(lambda: new_state(config, objective.make(nnx.Rngs(0)))))
+    state = inputs.like(jax.eval_shape(lambda: new_state(config, objective.make(nnx.Rngs(0)))))
     size = latent_shape(config)
     channels = dit.in_channels - dit.out_channels
     split = ("batch", None, None, None, None)
     batch = Encoded(
-        shapes.array((config.batch, *size, dit.out_channels), jnp.float32, *split),
-        *features(shapes, dit, config.batch),
-        shapes.array((config.batch, *size, channels), jnp.float32, *split) if channels else None,
+        inputs.array((config.batch, *size, dit.out_channels), jnp.float32, *split),
+        *features(inputs, dit, config.batch),
+        inputs.array((config.batch, *size, channels), jnp.float32, *split) if channels else None,
     )
     return Stage(make_step(config, objective), (state, batch))

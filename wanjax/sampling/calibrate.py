@@ -16,25 +16,29 @@ import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
+from sharding.rules import replicate
 from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
 from wanjax import media
 from wanjax.cli import Parser, exit_codes
 from wanjax.config import SampleConfig, load_config
-from wanjax.diffusion import caching, solvers
+from wanjax.diffusion import caching
+from wanjax.diffusion.denoise import network_input
+from wanjax.diffusion.guidance import guided
 from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT
-from wanjax.sampling import pipeline
+from wanjax.sampling import cache_rules
 from wanjax.sampling.calibration import Calibration, calibrated_for
 from wanjax.sampling.compile_cache import cache_folder, use_persistent_cache
+from wanjax.sampling.pipeline import Pipeline, Step
+from wanjax.sampling.request import Request
 from wanjax.weights.quantize import in_8_bits
 
 DEGREE = 4  # of teacache's polynomial, as published
@@ -47,54 +51,67 @@ FLAGS: dict[str, type] = {
 }
 
 
-class Kept(NamedTuple):
-    """Of the step before: the first block's modulated input `[1, l, e]`, the residual `[branches, l, e]` and, with
-    guidance, the unconditional less the conditional velocity `[1, f, h, w, c]`.
-    """
-
-    first_input: jax.Array
-    residual: jax.Array
-    difference: jax.Array | None
-
-
 class Change(NamedTuple):
-    """From a step to the next, scalars: relative L1 changes of the first two of `Kept`, the logarithm of the residual's
-    growth, and with guidance the L1 change of the third, relative to the conditional velocity.
+    """From a step to the next, scalars: relative L1 changes of the first block's modulated input and of the residual,
+    the logarithm of the residual's growth, and with guidance the L1 change of the branches' difference, relative to the
+    conditional velocity.
     """
 
-    first_input: jax.Array
+    modulated_input: jax.Array
     residual: jax.Array
     growth: jax.Array
-    difference: jax.Array | None
+    cfg_delta: jax.Array | None
 
 
-@functools.partial(jax.jit, donate_argnames=("state", "kept"))
-def measured_step(
-    dit: DiT,
-    schedule: solvers.Schedule,
-    state: solvers.SolverState,
-    kept: Kept | None,
-    control: jax.Array | None,
-    context: Context,
-    guidance: jax.Array | float,
-    i: jax.Array | int,
-) -> tuple[solvers.SolverState, Kept, Change | None]:
-    """A plain step; arguments as of `pipeline.denoise_steps`, `kept` from the step before."""
-    timestep = jnp.asarray(schedule.timesteps)[i][None]
-    tokens = dit.embed(caching.latents(state.sample, control), timestep)
-    velocity, residual = caching.evaluate(dit, tokens, context, context.k.shape[1])
-    difference = velocity[1:] - velocity[:1] if len(velocity) == 2 else None
-    now = Kept(dit.first_input(tokens), residual, difference)
-    change = None
-    if kept is not None:
-        length = tokens.rotation.length
+class Measurements(NamedTuple):
+    """Of a step: the first block's modulated input `[1, l, e]`, the residual `[branches, l, e]` and, with guidance, the
+    unconditional less the conditional velocity `[1, f, h, w, c]`; and what changed since the step before, which says
+    nothing at the first.
+    """
+
+    modulated_input: jax.Array
+    residual: jax.Array
+    cfg_delta: jax.Array | None
+    change: Change
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The plain predictor, which measures how the network changes from step to step; for one video.
+
+    dit, context, control, guidance: as `wanjax.diffusion.denoise.Guided`'s, of batch 1.
+    """
+
+    dit: DiT
+    context: Context
+    control: jax.Array | None
+    guidance: jax.Array | float
+
+    def init(self, sample: jax.Array) -> Measurements:
+        """Zeros."""
+        branches = self.context.k.shape[1]
+        x = self.dit.embed(network_input(sample, self.control), jnp.zeros(1)).x
+        cfg_delta, none = (replicate(jnp.zeros(sample.shape)), jnp.zeros(())) if branches == 2 else (None, None)
+        change = Change(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), none)
+        return Measurements(jnp.zeros_like(x), jnp.zeros_like(caching.per_branch(x, branches)), cfg_delta, change)
+
+    def __call__(
+        self, i: jax.Array, timestep: jax.Array, sample: jax.Array, memory: Measurements
+    ) -> tuple[jax.Array, Measurements]:
+        """See `wanjax.diffusion.denoise.Predictor`."""
+        branches, dit = self.context.k.shape[1], self.dit
+        tokens = dit.embed(network_input(sample, self.control), timestep[None])
+        velocity, residual = caching.evaluate(dit, tokens, self.context, branches)
+        modulated_input, length = dit.modulated_input(tokens), tokens.rotation.length
+        cfg_delta = velocity[1:] - velocity[:1] if branches == 2 else None
         change = Change(
-            caching.relative_change(now.first_input, kept.first_input, length),
-            caching.relative_change(residual, kept.residual, length),
-            growth(residual, kept.residual, length),
-            moved(difference, kept.difference, velocity[:1]),
+            caching.relative_change(modulated_input, memory.modulated_input, length),
+            caching.relative_change(residual, memory.residual, length),
+            growth(residual, memory.residual, length),
+            moved(cfg_delta, memory.cfg_delta, velocity[:1]),
         )
-    return solvers.step(schedule, i, state, caching.guided(velocity, guidance)), now, change
+        return guided(velocity, self.guidance, branches), Measurements(modulated_input, residual, cfg_delta, change)
 
 
 def moved(x: jax.Array | None, before: jax.Array | None, velocity: jax.Array) -> jax.Array | None:
@@ -109,42 +126,51 @@ def growth(x: jax.Array, before: jax.Array, length: int) -> jax.Array:
     return jnp.log(jnp.sum(ratios) / (len(x) * length))
 
 
-def measure(plan: pipeline.Plan) -> np.ndarray:
+def measure(pipe: Pipeline, request: Request) -> np.ndarray:
     """One plain run without decoding: `[steps - 1, k]`, those numbers of `Change` that there are, a row a step."""
-    with pipeline.placed(plan):
-        conditions, _ = pipeline.encode(plan, {})
-        dit, context = pipeline.load_dit(plan, conditions)
-        state, kept, changes = solvers.init(jnp.asarray(plan.noise)), None, []
-        inputs = (conditions.control, context, plan.config.guidance)
-        for i in tqdm(range(plan.config.steps), desc="measure   ", dynamic_ncols=True):
-            state, kept, change = plan.programs(measured_step, dit, plan.schedule, state, kept, *inputs, i)
-            changes.append(jax.block_until_ready(change))  # so that the progress bar tells the truth
-    return np.asarray([[float(x) for x in jax.tree.leaves(change)] for change in changes[1:]])
+    changes: list[list[float]] = []
+
+    def keep(step: Step) -> None:
+        changes.append([float(x) for x in jax.tree.leaves(step.memory.change)])
+
+    pipe(request, on_step=keep, predictor=make_measured, decode=False)
+    return np.asarray(changes[1:])
 
 
-def calibrate(configs: list[SampleConfig]) -> Calibration:
-    """Measurements of plain runs that differ in prompts and pictures.
+def make_measured(request: Request, dit: DiT, context: Context, control: jax.Array | None) -> Measured:
+    """What measures a request."""
+    return Measured(dit, context, control, request.config.guidance)
+
+
+def calibrate(config: SampleConfig, prompts: Sequence[dict[str, Any]] = ({},)) -> Calibration:
+    """Measurements of plain runs.
+
+    Args:
+      config: of the runs; its caches do not count.
+      prompts: settings in which they differ: prompts, pictures, seeds.
 
     Raises:
       InputError: a configuration cannot be used, has fewer than three steps, or the network's output is not finite.
     """
-    plans = [pipeline.prepare(config) for config in configs]
-    plan, config = plans[0], configs[0]
+    config = dataclasses.replace(config, cache=None, cfg_cache=None, calibration=None, fast=False)
+    pipe = Pipeline(config)
+    requests = [pipe.prepare(**settings) for settings in prompts]
     if config.steps < 3:
         raise InputError(f"{config.steps} steps to measure; 3 or more are needed; use those that you sample with")
-    changes = np.mean([measure(plan) for plan in plans], axis=0)  # [steps - 1, k]
+    changes = np.mean([measure(pipe, request) for request in requests], axis=0)  # [steps - 1, k]
     if not np.isfinite(changes).all():
         raise InputError("the network's output became NaN or infinite; finite weights are needed; try --dtype float32")
     inputs, residuals, growths, *differences = changes.T
+    first, networks = requests[0], pipe.networks
     calibration = Calibration(
-        **calibrated_for(config, plan.checkpoint, plan.loras, plan.task, plan.shift),
+        **calibrated_for(config, networks.checkpoint, networks.loras, first.task, first.shift),
         steps=config.steps,
         guidance=config.guidance,
         frames=config.frames,
-        height=plan.height,
-        width=plan.width,
-        prompts=len(plans),
-        sigmas=_floats(plan.schedule.sigmas[:-1]),
+        height=first.height,
+        width=first.width,
+        prompts=len(requests),
+        sigmas=_floats(first.schedule.sigmas[:-1]),
         magnitude=_floats(np.cumsum([0, *growths])),
         input_change=_floats(inputs),
         residual_change=_floats(residuals),
@@ -183,16 +209,16 @@ def schedules(calibration: Calibration) -> dict[str, Callable[[float], np.ndarra
 
 def change_schedule(changes: np.ndarray, threshold: float) -> np.ndarray:
     """teacache: at which steps the blocks are run, bool `[n]`, for changes `[n - 1]` foretold from step to step."""
-    fresh, total = np.isin(np.arange(len(changes) + 1), (0, len(changes))), 0.0
+    recompute, total = np.isin(np.arange(len(changes) + 1), (0, len(changes))), 0.0
     for i, change in enumerate(changes, start=1):
         total += change
-        fresh[i] |= total >= threshold
-        total = 0.0 if fresh[i] else total
-    return fresh
+        recompute[i] |= total >= threshold
+        total = 0.0 if recompute[i] else total
+    return recompute
 
 
-def read_prompts(path: str, config: SampleConfig) -> list[SampleConfig]:
-    """The configuration with each line's prompt or settings.
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """Each line's settings, or its prompt.
 
     Raises:
       InputError: the file cannot be read, is empty, or a line is not understood.
@@ -204,7 +230,7 @@ def read_prompts(path: str, config: SampleConfig) -> list[SampleConfig]:
     if not lines:
         raise InputError(f"prompts {path} is empty; a prompt a line is needed; give some")
     accepted = ("prompt", "negative_prompt", "first_frame", "last_frame", "seed")
-    configs = []
+    prompts = []
     for number, line in enumerate(lines, start=1):
         try:
             settings: Any = json.loads(line) if line.startswith("{") else {"prompt": line}
@@ -212,8 +238,8 @@ def read_prompts(path: str, config: SampleConfig) -> list[SampleConfig]:
             raise InputError(f"prompts {path} line {number} is not JSON ({error}); correct it") from error
         if unknown := settings.keys() - set(accepted):
             raise InputError(f"prompts {path} line {number} sets {', '.join(unknown)}; accepted: {', '.join(accepted)}")
-        configs.append(dataclasses.replace(config, **settings))
-    return configs
+        prompts.append(settings)
+    return prompts
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:
@@ -230,10 +256,10 @@ def report(calibration: Calibration) -> str:
     lines = [" ".join(["step   sigma", *columns, *ran])]
     for i, sigma in enumerate(calibration.sigmas):
         changes = [f"{f'{x[i - 1]:.4f}' if i else '-':>{len(name)}}" for name, x in columns.items()]
-        marks = [f"{'runs' if fresh[i] else '-':>{len(kind)}}" for kind, fresh in ran.items()]
+        marks = [f"{'runs' if recompute[i] else '-':>{len(kind)}}" for kind, recompute in ran.items()]
         lines.append(" ".join([f"{i:4} {sigma:7.4f}", *changes, *marks]))
-    for kind, fresh in ran.items():
-        steps = " ".join(map(str, np.flatnonzero(fresh)))
+    for kind, recompute in ran.items():
+        steps = " ".join(map(str, np.flatnonzero(recompute)))
         lines.append(f"half of the steps: --cache {kind}:{calibration.thresholds[kind]:g} runs steps {steps}")
     if calibration.difference_change:
         lines += [start_of_cfg_cache(calibration, every) for every in (2, 4)]
@@ -243,9 +269,9 @@ def report(calibration: Calibration) -> str:
 def start_of_cfg_cache(calibration: Calibration, every: int) -> str:
     """What `--cfg-cache` would do with the steps and the guidance measured."""
     n = calibration.steps
-    start = caching.cfg_start(calibration, np.asarray(calibration.sigmas), calibration.guidance, every)
+    start = cache_rules.cfg_start(calibration, np.asarray(calibration.sigmas), calibration.guidance, every)
     where = f"from step {start} of {n} on ({start / n:.0%})" if start < n else "nowhere: leave it out"
-    return f"guided error up to {caching.HARMLESS:g}: --cfg-cache {every} {where}"
+    return f"guided error up to {cache_rules.MAX_CFG_ERROR:g}: --cfg-cache {every} {where}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -263,13 +289,11 @@ def main(argv: list[str] | None = None) -> None:
     given |= {"lora": tuple(given["lora"])} if "lora" in given else {}
     file, prompts, output = (given.pop(name, None) for name in ("config", "prompts", "output"))
     config = load_config(file, SampleConfig) if file else SampleConfig()
-    # Plain runs are measured, whatever the configuration samples with.
-    plain = {"cache": None, "cfg_cache": None, "calibration": None, "fast": False}
-    config = dataclasses.replace(config, **given, **plain)
+    config = dataclasses.replace(config, **given)
     media.check_output(output, accepted=(".json",))
     use_tpu_options(TPU_OPTIONS_8_BIT if in_8_bits(config) else TPU_OPTIONS)
     use_persistent_cache(cache_folder(config.compile_cache))
-    calibration = calibrate(read_prompts(prompts, config) if prompts else [config])
+    calibration = calibrate(config, read_prompts(prompts) if prompts else [{}])
     calibration.write(output)
     print(report(calibration))
     print(output)

@@ -1,161 +1,52 @@
-"""From two pictures and a sentence to a video: check everything, then encode, denoise, decode.
+"""From two pictures and a sentence to a video.
 
-    plan = prepare(config)        # reads settings, pictures and tensor names; every bad input is found here
-    result = sample(plan)         # loads each network when its turn comes and lets it go afterwards
+    pipe = Pipeline.from_pretrained("Wan2.1-FLF2V-14B-720P-diffusers", quantize="int8")
+    result = pipe(first_frame="a.png", last_frame="b.png", prompt="...")
+    result.save("video.mp4")
 
-Each stage is one jitted function that a loop on the host calls: once a chunk of frames for the VAE, once a step for the
-DiT. So a stage compiles once, can show how far it is, and holds only one chunk of frames on the device.
+A pipeline holds a checkpoint's networks and the mesh that they lie on; a request is pictures, a prompt and how to
+sample. `prepare` finds everything that is wrong with a request before any weights are read; calling the pipeline runs
+it: encode, denoise, decode. Each stage is a compiled function that a loop on the host calls: once a chunk of frames for
+the VAE, once a step for the DiT. So a stage compiles once, can show how far it is, and holds one chunk of frames.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import PIL.Image
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sharding.distributed import is_main
-from sharding.rules import parameter_sharding, replicate
-from wanjax.conditioning import images, text
-from wanjax.conditioning.frames import TEMPORAL_FACTOR, Task, control_branch, given_frames, latent_mask, latent_size
-from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
-from wanjax.diffusion import caching, solvers
+from sharding.mesh import MeshShape, make_mesh, parse_mesh, sampling_mesh
+from sharding.ulysses import check_heads
+from wanjax.conditioning.encoders import Encoders, encoder_configs
+from wanjax.conditioning.text import Tokenizer
+from wanjax.config import NETWORK_FIELDS, DiTConfig, SampleConfig
+from wanjax.diffusion import denoise as denoising
+from wanjax.diffusion.caching import Cached, CacheState
+from wanjax.diffusion.denoise import Guided, Predictor, denoise
 from wanjax.errors import InputError
-from wanjax.models.clip import CLIPVision
 from wanjax.models.dit import Context, DiT
-from wanjax.models.umt5 import UMT5Encoder
-from wanjax.models.vae import VAE
-from wanjax.models.vae_blocks import Cache
-from wanjax.sampling import calibration
+from wanjax.ops.attention import check_choice
+from wanjax.sampling.cache_rules import switches
 from wanjax.sampling.compile_cache import Programs, cache_folder
-from wanjax.sampling.request import (
-    choose_checkpoint,
-    choose_dit,
-    choose_encoders,
-    choose_length,
-    choose_mesh,
-    choose_prompts,
-    choose_size,
-    choose_task,
-    make_noise,
-)
+from wanjax.sampling.decoding import decode_video
+from wanjax.sampling.memory import choose_keep
+from wanjax.sampling.request import Request, make_request
+from wanjax.sampling.result import Result
 from wanjax.weights import Checkpoint, lora
+from wanjax.weights.hub import checkpoint_folder
 from wanjax.weights.lora_files import LoRAFile
-from wanjax.weights.mapping import NetworkName
-
-Pixels = np.ndarray
-SHIFTS = {"t2v": 5.0, "i2v": 5.0, "flf2v": 16.0}  # the official command line's
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A checked request: settings of every network, conditioning pictures, schedule and noise."""
-
-    config: SampleConfig
-    checkpoint: Checkpoint
-    dit: DiTConfig
-    vae: VAEConfig
-    umt5: UMT5Config
-    clip: CLIPConfig | None
-    task: Task
-    height: int
-    width: int
-    video_pixels: Pixels | None  # [k, H, W, 3], what the VAE sees of the given frames
-    clip_pixels: Pixels | None  # [k, s, s, 3], what CLIP sees of them
-    loras: tuple[LoRAFile, ...]
-    lora_merged: bool  # into the weights, or beside them
-    tokens: tuple[np.ndarray, np.ndarray]  # ids and mask [b, l], of the prompt and, with guidance, the negative prompt
-    schedule: solvers.Schedule
-    noise: np.ndarray  # [1, f, h, w, c] float32
-    mesh: Mesh
-    shift: float
-    caching: caching.Rules | None = None  # None: every step does everything
-    programs: Programs = dataclasses.field(default_factory=Programs)  # calls the jitted functions
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """`latents` [1, f, h, w, c] float32, normalised; `video` uint8 `[F, H, W, 3]`; seconds by stage; `evaluations` of
-    the DiT, of one of two branches half.
-    """
-
-    latents: np.ndarray
-    video: np.ndarray
-    seconds: dict[str, float]
-    evaluations: float
-
-
-def prepare(config: SampleConfig) -> Plan:
-    """Check a request and read all of it but the weights.
-
-    Raises:
-      InputError: anything in it that cannot be used.
-    """
-    checkpoint = choose_checkpoint(config)
-    dit, loras, lora_merged = choose_dit(config, checkpoint)
-    umt5, vae, clip = choose_encoders(config, checkpoint, dit)
-    task = choose_task(dit, config)
-    check_weights(checkpoint, {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip})
-    f = choose_length(config)
-    height, width, pictures = read_pictures(config)
-    tokens = text.Tokenizer(checkpoint.tokenizer_dir, dit.text_len)(choose_prompts(config, task))
-    shift = (checkpoint.flow_shift or SHIFTS[task]) if config.shift is None else config.shift
-    schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
-    measured = calibration.read_for(config, checkpoint, loras, task, shift)
-    return Plan(
-        config=config,
-        checkpoint=checkpoint,
-        dit=dit,
-        vae=vae,
-        umt5=umt5,
-        clip=clip,
-        task=task,
-        height=height,
-        width=width,
-        video_pixels=_stack([images.video_pixels(p, height, width, config.conventions) for p in pictures]),
-        clip_pixels=_stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures if clip]),
-        loras=loras,
-        lora_merged=lora_merged,
-        tokens=tokens,
-        schedule=schedule,
-        shift=shift,
-        mesh=choose_mesh(config, dit),
-        caching=caching.make_rules(config, schedule, measured),
-        programs=Programs(cache_folder(config.compile_cache)),
-        noise=make_noise(config, (1, f, *latent_size(height, width), dit.out_channels)),
-    )
-
-
-def check_weights(checkpoint: Checkpoint, networks: Mapping[NetworkName, Any]) -> None:
-    """Find out whether the networks that are not None can be loaded, before the first of them is.
-
-    Raises:
-      InputError: as `Checkpoint.load`.
-    """
-    for network, config in networks.items():
-        if config is not None:
-            checkpoint.check(network, config)
-
-
-def read_pictures(config: SampleConfig) -> tuple[int, int, list[PIL.Image.Image]]:
-    """Height and width of the video, and the given frames, which show the same field when stretched to that size.
-
-    Raises:
-      InputError: a picture cannot be read, or the size cannot be had.
-    """
-    pictures = [images.read_image(p) for p in (config.first_frame, config.last_frame) if p is not None]
-    height, width = choose_size(config, pictures)
-    matched = images.match_frames(pictures, height, width, config.conventions) if pictures else []
-    return height, width, matched
+from wanjax.weights.networks import Keep, Networks
+from wanjax.weights.quantize import requantized
 
 
 class Conditions(NamedTuple):
@@ -163,214 +54,275 @@ class Conditions(NamedTuple):
     frames, the control branch `[1, f, h, w, 20]`; None for what the network does not take.
     """
 
-    features: jax.Array
+    text: jax.Array
     image: jax.Array | None
     control: jax.Array | None
 
 
-def sample(plan: Plan) -> Result:
-    """Run the plan, stage after stage, with a progress bar each.
+class Step(NamedTuple):
+    """What `on_step` is told: steps done, of how many, latents `[1, f, h, w, c]` and the predictor's memory.
 
-    A network is on the device only while it is needed, so that the largest, not the sum, has to fit.
+    The next step takes the arrays' memory: copy what is to be kept.
     """
-    seconds: dict[str, float] = {}
-    with placed(plan):
-        conditions, vae = encode(plan, seconds)
-        with _stage("denoise", plan.config.steps, seconds) as tick:
-            dit, context = load_dit(plan, conditions)
-            latents, evaluations = denoise(plan, dit, context, conditions.control, tick)
-        if not jnp.isfinite(latents).all():
-            raise InputError(
-                "the latents became NaN or infinite; finite weights and noise are needed; try --dtype float32"
-            )
-        del dit, context
-        with _stage("VAE decode", plan.noise.shape[1], seconds) as tick:
-            video = decode(plan, vae, latents, tick)
-    return Result(np.asarray(latents), video, seconds, evaluations)
+
+    done: int
+    steps: int
+    latents: jax.Array
+    memory: Any
 
 
-@contextlib.contextmanager
-def placed(plan: Plan) -> Iterator[None]:
-    """On the plan's mesh, with the precision of matrix products that its dtype means."""
-    precision = "highest" if plan.config.dtype == "float32" else None  # or accelerators multiply float32 in bf16
-    with jax.set_mesh(plan.mesh), jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-        yield
+MakePredictor = Callable[[Request, DiT, Context, jax.Array | None], Predictor]
 
 
-def encode(plan: Plan, seconds: dict[str, float]) -> tuple[Conditions, VAE]:
-    """All that comes before the denoising; and the VAE, which is needed again. Times go into `seconds`."""
-    with _stage("text", 1, seconds) as tick:
-        features = encode_text(plan)
-        tick()
-    image = None
-    if plan.clip_pixels is not None:
-        with _stage("images", 1, seconds) as tick:
-            image = encode_images(plan)
-            tick()
-    vae = _load(plan, "vae", plan.vae)
-    with _stage("VAE encode", plan.noise.shape[1], seconds) as tick:
-        control = encode_control(plan, vae, tick)
-    return Conditions(features, image, control), vae
+class Pipeline:
+    """The networks of a checkpoint, ready for requests.
 
-
-@contextlib.contextmanager
-def _stage(name: str, total: int, seconds: dict[str, float]) -> Iterator[Callable[[], None]]:
-    """A progress bar with time left; yields what moves it on, and notes the time the stage took."""
-    start = time.perf_counter()
-    with tqdm(total=total, desc=f"{name:10s}", dynamic_ncols=True, disable=not is_main()) as bar:
-        yield lambda: (bar.update(), None)[1]
-    seconds[name] = time.perf_counter() - start
-
-
-def encode_text(plan: Plan) -> jax.Array:
-    """Text features `[b, l, text_dim]`: the prompt's and, with guidance, the negative prompt's."""
-    encoder = _load(plan, "umt5", plan.umt5)
-    return jax.block_until_ready(plan.programs(_encode_text, encoder, *plan.tokens))
-
-
-def encode_images(plan: Plan) -> jax.Array:
-    """CLIP features of the given frames one after the other, `[1, l, image_dim]`.
-
-    To an flf2v network a frame that is not given has features of zero, as it learned in training.
-    """
-    clip = _load(plan, "clip", plan.clip)
-    features = plan.programs(_encode_images, clip, plan.clip_pixels)  # [k, tokens, image_dim]
-    features = features.reshape(1, -1, features.shape[-1])  # [1, k tokens, image_dim]
-    missing = max(plan.dit.image_positions - features.shape[1], 0)
-    return jax.block_until_ready(jnp.pad(features, ((0, 0), (0, missing), (0, 0))))  # [1, l, image_dim]
-
-
-def encode_control(plan: Plan, vae: VAE, tick: Callable[[], None] = lambda: None) -> jax.Array | None:
-    """The control branch `[1, f, h, w, 20]`; None for a network without one."""
-    h, w, c = plan.noise.shape[-3:]
-    if plan.dit.in_channels == c:
-        return None
-    given = given_frames(plan.task, plan.config.frames)  # [F]
-    pixels = iter(plan.video_pixels if plan.video_pixels is not None else ())
-    latents, cache = [], None
-    for start in [0, *range(1, len(given), TEMPORAL_FACTOR)]:
-        chunk = given[start : start + (TEMPORAL_FACTOR if start else 1)]
-        frames = np.zeros((1, len(chunk), plan.height, plan.width, 3), np.float32)
-        for i in np.flatnonzero(chunk):
-            frames[0, i] = next(pixels)
-        chunk_latents, cache = plan.programs(_encode_chunk, vae, frames, cache)
-        latents.append(chunk_latents)
-        tick()
-    mask = latent_mask(given[None], h, w)
-    return control_branch(mask, jnp.concatenate(latents, axis=1))
-
-
-def load_dit(plan: Plan, conditions: Conditions) -> tuple[DiT, Context]:
-    """The network without what only the context needs, a quarter of the weights; and the context."""
-    dit = lora.load(plan.checkpoint, plan.dit, plan.loras, plan.lora_merged, parameter_sharding)
-    return dit.without_context(), make_context(plan, dit, conditions)
-
-
-def make_context(plan: Plan, dit: DiT, conditions: Conditions) -> Context:
-    """What the network's cross-attention sees of the conditions; of the whole network."""
-    image = conditions.image
-    if image is not None:
-        image = jnp.repeat(image, len(conditions.features), axis=0)  # both branches of guidance see the frames
-    return plan.programs(_context, dit, conditions.features, image)
-
-
-def denoise(
-    plan: Plan, dit: DiT, context: Context, control: jax.Array | None, tick: Callable[[], None] = lambda: None
-) -> tuple[jax.Array, float]:
-    """Latents `[1, f, h, w, c]`, float32, from the plan's noise; and evaluations of the DiT."""
-    state, rules, cache = solvers.init(jnp.asarray(plan.noise)), plan.caching, None
-    if rules is not None:
-        cache = caching.init(dit, rules, state.sample, control, context.k.shape[1])
-    for i in range(plan.config.steps):
-        inputs = (control, context, plan.config.guidance, i, i + 1)
-        if cache is None:
-            state = plan.programs(denoise_steps, dit, plan.schedule, state, *inputs)
-        else:
-            state, cache = plan.programs(caching.denoise_steps, dit, plan.schedule, rules, (state, cache), *inputs)
-        jax.block_until_ready(state)  # so that the progress bar tells the truth
-        tick()
-    return state.sample, float(cache.evaluations) if cache is not None else float(plan.config.steps)
-
-
-@functools.partial(jax.jit, donate_argnames="state")
-def denoise_steps(
-    dit: DiT,
-    schedule: solvers.Schedule,
-    state: solvers.SolverState,
-    control: jax.Array | None,
-    context: Context,
-    guidance: jax.Array | float,
-    start: jax.Array | int,
-    stop: jax.Array | int,
-) -> solvers.SolverState:
-    """The solver's steps `start` to `stop - 1`: one compiled loop for any part of the schedule.
+    Attributes:
+      config: the settings that requests begin with.
+      networks: see `wanjax.weights.networks.Networks`.
+      encoders: of prompts and pictures.
+      mesh: that everything runs on.
 
     Args:
-      dit: the network; what only `context()` needs may be missing.
-      schedule, state: from `solvers`.
-      control: control branch `[1, f, h, w, 20]`, or None.
-      context: from `dit.context`; a batch of two means guidance: the prompt, then the negative prompt.
-      guidance: scale of the difference between the two.
-      start, stop: steps.
+      config: its fields in `wanjax.config.NETWORK_FIELDS` are the pipeline's, the others defaults of its requests.
+      keep: "one": a network is on the devices only while it is needed, so that the largest, not the sum, has to fit;
+        "all": networks stay, so that another request reads nothing; "auto": all, if half of the memory holds them.
+
+    Raises:
+      InputError: the checkpoint, or what is asked of it, cannot be used; nothing but headers has been read.
     """
-    branches = context.k.shape[1]
 
-    def body(i: jax.Array, state: solvers.SolverState) -> solvers.SolverState:
-        x = state.sample if control is None else jnp.concatenate([state.sample, control], axis=-1)
-        x = jnp.repeat(x, branches, axis=0)  # [branches, f, h, w, c_in]
-        timestep = jnp.broadcast_to(schedule.timesteps[i], (branches,))
-        velocity = dit(x, timestep, context)  # [branches, f, h, w, c]
-        velocity = replicate(velocity)  # the branches may be on different devices
-        if branches == 2:
-            positive, negative = jnp.split(velocity, 2)
-            velocity = negative + guidance * (positive - negative)  # [1, f, h, w, c]
-        return solvers.step(schedule, i, state, velocity)
+    def __init__(self, config: SampleConfig, keep: Keep | str = "auto"):
+        checkpoint = choose_checkpoint(config)
+        dit, loras, merged = choose_dit(config, checkpoint)
+        vae, umt5, clip = encoder_configs(checkpoint, dit, jnp.dtype(config.dtype))
+        tokenizer = Tokenizer(checkpoint.tokenizer_dir, dit.text_len)
+        self.config, self.dit, self.mesh = config, dit, choose_mesh(config, dit)
+        self.networks = Networks(checkpoint, {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip}, "one", loras, merged)
+        self.networks.keep = choose_keep(keep, self.networks, self.mesh)
+        self.programs = Programs(cache_folder(config.compile_cache))
+        self.encoders = Encoders(self.networks, dit, tokenizer, self.programs)
 
-    schedule = jax.tree.map(jnp.asarray, schedule)
-    return jax.lax.fori_loop(start, stop, body, state)
+    @classmethod
+    def from_pretrained(cls, checkpoint: str, *, keep: Keep | str = "auto", **settings: Any) -> Pipeline:
+        """The pipeline of a published checkpoint.
+
+        Args:
+          checkpoint: a folder in the Diffusers or the official layout, or the id of one on the Hugging Face hub.
+          keep: as `Pipeline` takes it.
+          settings: fields of `wanjax.config.SampleConfig`, such as `dtype`, `quantize`, `mesh`, `lora`.
+
+        Raises:
+          InputError: as `Pipeline`; or a setting is unknown, or the hub cannot be reached or lacks the checkpoint.
+        """
+        return cls(changed(SampleConfig(checkpoint=str(checkpoint)), settings, set(FIELDS)), keep)
+
+    def prepare(self, **settings: Any) -> Request:
+        """A request, checked and read; everything that is wrong with it is found here.
+
+        Args:
+          settings: fields of `SampleConfig` but those of the networks; `first_frame` and `last_frame` are paths, PIL
+            images or uint8 arrays `[H, W, 3]`. What is not said is as the pipeline's configuration has it.
+
+        Raises:
+          InputError: a setting that is unknown or cannot be used.
+        """
+        config = changed(self.config, settings, set(FIELDS) - set(NETWORK_FIELDS))
+        check_cfg_cache(config, self.mesh)
+        return make_request(config, self.networks, self.encoders)
+
+    def __call__(
+        self,
+        request: Request | None = None,
+        *,
+        on_step: Callable[[Step], Any] | None = None,
+        predictor: MakePredictor | None = None,
+        decode: bool = True,
+        progress: bool = True,
+        **settings: Any,
+    ) -> Result:
+        """Sample: encode, denoise, decode.
+
+        Args:
+          request: from `prepare`; or else settings for it.
+          on_step: called after every step. What it raises ends the run.
+          predictor: makes what says the velocities; None: as the request's switches say.
+          decode: whether latents become a video.
+          progress: whether to show a progress bar for each stage.
+
+        Raises:
+          InputError: as `prepare`; or the latents became NaN or infinite.
+        """
+        request = request or self.prepare(**settings)
+        stages = Stages(progress)
+        with self.placed():
+            conditions = self.encode(request, stages)
+            with stages("DiT", 1) as tick:
+                dit, context = self.load_dit(conditions)
+                tick()
+            with stages("denoise", request.config.steps) as tick:
+                velocity = (predictor or make_predictor)(request, dit, context, conditions.control)
+                del dit, context  # the predictor has them
+                carry = denoising.start(velocity, request.noise)
+                for i in range(request.config.steps):
+                    carry = self.programs(denoise, velocity, request.schedule, carry, i, i + 1)
+                    jax.block_until_ready(carry)  # so that the progress bar tells the truth
+                    tick()
+                    if on_step is not None:
+                        on_step(Step(i + 1, request.config.steps, carry[0].sample, carry[1]))
+            (latents, *_), memory = carry
+            del velocity, carry
+            check_finite(latents)
+            no_video = np.zeros((0, request.height, request.width, 3), np.uint8)
+            video = self.decode(latents, stages) if decode else no_video
+        evaluations = float(memory.evaluations) if isinstance(memory, CacheState) else float(request.config.steps)
+        return Result(np.asarray(latents), video, request.config.fps, stages.seconds, evaluations)
+
+    @contextlib.contextmanager
+    def placed(self) -> Iterator[None]:
+        """On the pipeline's mesh, with the precision of matrix products that its dtype means."""
+        precision = "highest" if self.config.dtype == "float32" else None  # or accelerators multiply float32 in bf16
+        exact = jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
+        with jax.set_mesh(self.mesh), exact:
+            yield
+
+    def encode(self, request: Request, stages: Stages) -> Conditions:
+        """All that comes before the denoising. The VAE stays for decoding."""
+        encoders, image, control = self.encoders, None, None
+        with stages("text", 1) as tick:
+            text = encoders.text(*request.tokens)
+            tick()
+        if request.clip_pixels is not None:
+            with stages("images", 1) as tick:
+                image = encoders.images(request.clip_pixels)
+                tick()
+        if encoders.has_control:
+            with stages("VAE encode", request.noise.shape[1]) as tick:
+                control = encoders.control(request.frames, request.given, (request.height, request.width), tick)
+        return Conditions(text, image, control)
+
+    def load_dit(self, conditions: Conditions) -> tuple[DiT, Context]:
+        """The network without what only the context needs, a quarter of the weights; and the context."""
+        dit, image = self.networks["dit"], conditions.image
+        if image is not None:
+            image = jnp.repeat(image, len(conditions.text), axis=0)  # both branches of guidance see the frames
+        context = self.programs(make_context, dit, conditions.text, image)
+        self.networks.release("dit")
+        return dit.without_context(), jax.block_until_ready(context)
+
+    def decode(self, latents: jax.Array, stages: Stages) -> np.ndarray:
+        """Latents `[1, f, h, w, c]` to uint8 frames `[F, H, W, 3]`; the VAE has then done its part."""
+        with stages("VAE decode", latents.shape[1]) as tick:
+            video = decode_video(self.networks["vae"], latents, self.programs, tick)
+        self.networks.release("vae")
+        return video
 
 
-def decode(plan: Plan, vae: VAE, latents: jax.Array, tick: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Latents `[1, f, h, w, c]` to uint8 frames `[F, H, W, 3]` on the host."""
-    chunks, cache = [], None
-    for i in range(latents.shape[1]):
-        frames, cache = plan.programs(_decode_chunk, vae, latents[:, i : i + 1], cache)
-        chunks.append(np.asarray(frames))
-        tick()
-    return np.concatenate(chunks)
+class Stages:
+    """Shows and times the stages of a run: `with stages(name, total) as tick`. `seconds` are by stage."""
 
+    def __init__(self, progress: bool = True):
+        self.progress, self.seconds = progress, {}
 
-def _load(plan: Plan, network: NetworkName, config: Any) -> Any:
-    return plan.checkpoint.load(network, config, parameter_sharding)
+    @contextlib.contextmanager
+    def __call__(self, name: str, total: int) -> Iterator[Callable[[], None]]:
+        """A progress bar with time left; yields what moves it on."""
+        start = time.perf_counter()
+        with tqdm(
+            total=total, desc=f"{name:10s}", dynamic_ncols=True, disable=not (self.progress and is_main())
+        ) as bar:
+            yield lambda: (bar.update(), None)[1]
+        self.seconds[name] = time.perf_counter() - start
 
 
 @jax.jit
-def _encode_text(encoder: UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    return replicate(text.encode_text(encoder, ids, mask))
+def make_context(dit: DiT, text: jax.Array, image: jax.Array | None) -> Context:
+    """`DiT.context`."""
+    return dit.context(text, image)
 
 
-@jax.jit
-def _encode_images(clip: CLIPVision, pixels: jax.Array) -> jax.Array:
-    return replicate(clip(pixels))
+def make_predictor(request: Request, dit: DiT, context: Context, control: jax.Array | None) -> Predictor:
+    """What says the velocities of a request: the whole network, or what its caches leave of it."""
+    plain = (dit, context, control, request.config.guidance)
+    return Guided(*plain) if request.rules is None else Cached(*plain, request.rules)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _encode_chunk(vae: VAE, frames: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    latents, cache = vae.encode_chunk(frames, cache)
-    return replicate(latents), cache
+def check_finite(latents: jax.Array) -> None:
+    """Raises `InputError` unless all numbers are finite."""
+    if not jnp.isfinite(latents).all():
+        raise InputError("the latents became NaN or infinite; finite weights and noise are needed; try --dtype float32")
 
 
-@jax.jit
-def _context(dit: DiT, features: jax.Array, image: jax.Array | None) -> Context:
-    return dit.context(features, image)
+FIELDS = tuple(field.name for field in dataclasses.fields(SampleConfig))
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
-def _decode_chunk(vae: VAE, latents: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    video, cache = vae.decode_chunk(latents, cache)
-    frames = jnp.round((video[0].astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)  # [F, H, W, 3]
-    return replicate(frames), cache
+def changed(config: SampleConfig, settings: dict[str, Any], accepted: set[str]) -> SampleConfig:
+    """The configuration with some fields replaced.
+
+    Raises:
+      InputError: a setting is not one of those accepted.
+    """
+    if unknown := settings.keys() - accepted:
+        name = sorted(unknown)[0]
+        where = "; it belongs to the networks: give it to Pipeline.from_pretrained" if name in FIELDS else ""
+        raise InputError(f"setting {name}={settings[name]!r}{where}; accepted: {', '.join(sorted(accepted))}")
+    return dataclasses.replace(config, **settings)
 
 
-def _stack(pixels: list[Pixels]) -> Pixels | None:
-    return np.stack(pixels) if pixels else None
+def choose_checkpoint(config: SampleConfig) -> Checkpoint:
+    """The checkpoint that is asked for: a folder, or one of the Hugging Face hub.
+
+    Raises:
+      InputError: none is, or as `checkpoint_folder` and `Checkpoint`.
+    """
+    if config.checkpoint is None:
+        raise InputError("no checkpoint; a folder in the Diffusers or the official layout is needed; give --checkpoint")
+    return Checkpoint(checkpoint_folder(config.checkpoint))
+
+
+def choose_dit(config: SampleConfig, checkpoint: Checkpoint) -> tuple[DiTConfig, tuple[LoRAFile, ...], bool]:
+    """The DiT with the dtype, format and attention that are asked for; its adapters, and whether to merge them.
+
+    Raises:
+      InputError: the checkpoint has none, has it in another format, or there is no such attention on this device; or as
+        `lora.parse` and `lora.check`.
+    """
+    dtype = jnp.dtype(config.dtype)
+    dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
+    in_8_bits = dit.quantize != "off"
+    dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
+    loras = lora.parse(config.lora)
+    lora_merged = lora.check(loras, dit, in_8_bits, config.lora_merge)
+    check_choice(config.attention, dtype, jax.devices()[0].platform)
+    return dit, loras, lora_merged
+
+
+def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
+    """The mesh that is asked for, of all devices; by default a good one, on CPUs of one device.
+
+    Raises:
+      InputError: the mesh does not fit the devices, the heads, or the CFG cache.
+    """
+    if isinstance(config.mesh, Mesh):
+        return config.mesh
+    devices = jax.devices()
+    _, _, uncond_interval = switches(config)
+    if config.mesh is not None:
+        shape = parse_mesh(config.mesh, len(devices))
+    else:
+        devices = devices[:1] if devices[0].platform == "cpu" else devices
+        # With guidance, its branches go to different devices.
+        shape = sampling_mesh(len(devices), dit.num_heads, config.guidance != 1 and uncond_interval == 1)
+    check_heads(dit.num_heads, shape.ulysses)
+    return make_mesh(shape, devices)
+
+
+def check_cfg_cache(config: SampleConfig, mesh: Mesh) -> None:
+    """Raises `InputError` where the CFG cache would let devices wait."""
+    _, _, uncond_interval = switches(config)
+    shape = MeshShape(**dict(mesh.shape))
+    if config.guidance != 1 and uncond_interval > 1 and shape.batch == 2:
+        raise InputError(
+            f"cfg-cache {uncond_interval} on mesh {shape}, where the unconditional branch's own devices would wait; "
+            "data * fsdp other than 2 is accepted; give those devices to ring or ulysses, or leave --cfg-cache out"
+        )

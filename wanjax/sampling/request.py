@@ -1,4 +1,4 @@
-"""What a request leaves open: networks, task, prompts, length, size, mesh and noise."""
+"""A request: what is asked of a pipeline's networks, checked and read, all of it but the weights."""
 
 from __future__ import annotations
 
@@ -9,63 +9,102 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import PIL.Image
 
-from sharding.mesh import make_mesh, parse_mesh, sampling_mesh
-from sharding.ulysses import check_heads
 from wanjax import media
 from wanjax.conditioning import images, text
-from wanjax.conditioning.frames import Task, latent_frames, latent_size
-from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, UMT5Config, VAEConfig
-from wanjax.diffusion import caching
+from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.frames import Task, given_frames, latent_frames, latent_size
+from wanjax.config import DiTConfig, SampleConfig
+from wanjax.diffusion import solvers
+from wanjax.diffusion.caching import Rules
 from wanjax.errors import InputError
-from wanjax.ops.attention import check_choice
-from wanjax.weights import Checkpoint, lora
-from wanjax.weights.lora_files import LoRAFile
-from wanjax.weights.quantize import requantized
+from wanjax.sampling import calibration
+from wanjax.sampling.cache_rules import make_rules
+from wanjax.weights.networks import Networks
+
+SHIFTS = {"t2v": 5.0, "i2v": 5.0, "flf2v": 16.0}
+"""The timestep shift by task, where neither the request nor the checkpoint says one: the official command line's."""
 
 
-def choose_checkpoint(config: SampleConfig) -> Checkpoint:
-    """The checkpoint that is asked for.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A checked request. Arrays are numpy's, on the host.
+
+    config: what was asked for.
+    task: which frames are given.
+    height, width: of the video, pixels.
+    given: bool `[F]`, which frames.
+    frames: the given ones as the VAE takes them, float32 `[k, H, W, 3]`.
+    clip_pixels: the same as CLIP takes them, float32 `[k, s, s, 3]`; None for a network without images.
+    tokens: ids and mask `[b, l]` of the prompt and, with guidance, of the negative prompt.
+    schedule: of the solver.
+    shift: of the timesteps.
+    rules: of the step caches; None: every step computes everything.
+    noise: `[1, f, h, w, c]`, float32.
+    """
+
+    config: SampleConfig
+    task: Task
+    height: int
+    width: int
+    given: np.ndarray
+    frames: np.ndarray
+    clip_pixels: np.ndarray | None
+    tokens: tuple[np.ndarray, np.ndarray]
+    schedule: solvers.Schedule
+    shift: float
+    rules: Rules | None
+    noise: np.ndarray
+
+
+def make_request(config: SampleConfig, networks: Networks, encoders: Encoders) -> Request:
+    """Check a request and read what it names.
+
+    Args:
+      config: what is asked for; of the checkpoint, numerics and mesh the pipeline's own count.
+      networks, encoders: of the pipeline.
 
     Raises:
-      InputError: none is, or as `Checkpoint`.
+      InputError: anything in it that cannot be used.
     """
-    if config.checkpoint is None:
-        raise InputError("no checkpoint; a folder in the Diffusers or the official layout is needed; give --checkpoint")
-    return Checkpoint(config.checkpoint)
+    dit, clip, checkpoint = encoders.dit, encoders.clip, networks.checkpoint
+    task = choose_task(dit, config)
+    f = choose_length(config)
+    height, width, pictures = read_pictures(config)
+    tokens = encoders.tokenizer(choose_prompts(config, task))
+    shift = (checkpoint.flow_shift or SHIFTS[task]) if config.shift is None else config.shift
+    schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
+    measured = calibration.read_for(config, checkpoint, networks.loras, task, shift)
+    frames = [images.video_pixels(p, height, width, config.conventions) for p in pictures]
+    return Request(
+        config=config,
+        task=task,
+        height=height,
+        width=width,
+        given=given_frames(task, config.frames),
+        frames=np.stack(frames) if frames else np.zeros((0, height, width, 3), np.float32),
+        clip_pixels=np.stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures])
+        if clip
+        else None,
+        tokens=tokens,
+        schedule=schedule,
+        shift=shift,
+        rules=make_rules(config, schedule, measured),
+        noise=make_noise(config, (1, f, *latent_size(height, width), dit.out_channels)),
+    )
 
 
-def choose_dit(config: SampleConfig, checkpoint: Checkpoint) -> tuple[DiTConfig, tuple[LoRAFile, ...], bool]:
-    """The DiT with the dtype, format and attention that are asked for; its adapters, and whether to merge them.
+def read_pictures(config: SampleConfig) -> tuple[int, int, list[PIL.Image.Image]]:
+    """Height and width of the video, and the given frames, which show the same field when stretched to that size.
 
     Raises:
-      InputError: the checkpoint has none, has it in another format, or there is no such attention on this device; or as
-        `lora.parse` and `lora.check`.
+      InputError: a picture cannot be read, or the size cannot be had.
     """
-    dtype = jnp.dtype(config.dtype)
-    dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
-    in_8_bits = dit.quantize != "off"
-    dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
-    loras = lora.parse(config.lora)
-    lora_merged = lora.check(loras, dit, in_8_bits, config.lora_merge)
-    check_choice(config.attention, dtype, jax.devices()[0].platform)
-    return dit, loras, lora_merged
-
-
-def choose_encoders(
-    config: SampleConfig, checkpoint: Checkpoint, dit: DiTConfig
-) -> tuple[UMT5Config, VAEConfig, CLIPConfig | None]:
-    """What encodes the prompt and the given frames; no CLIP for a DiT that takes none of its features.
-
-    Raises:
-      InputError: the checkpoint lacks one.
-    """
-    dtype = jnp.dtype(config.dtype)
-    umt5 = checkpoint.config("umt5", dtype=dtype, param_dtype=dtype)
-    vae = checkpoint.config("vae")  # float32 as in the official code: the VAE is 1% of the work and shows every error
-    clip = None if dit.image_dim is None else checkpoint.config("clip", dtype=dtype, param_dtype=dtype)
-    return umt5, vae, clip
+    pictures = [images.read_image(p) for p in (config.first_frame, config.last_frame) if p is not None]
+    height, width = choose_size(config, pictures)
+    matched = images.match_frames(pictures, height, width, config.conventions) if pictures else []
+    return height, width, matched
 
 
 def choose_task(dit: DiTConfig, config: SampleConfig) -> Task:
@@ -132,29 +171,6 @@ def choose_size(config: SampleConfig, pictures: list[Any]) -> tuple[int, int]:
             height, width = max(16, round(config.width * height / width / 16) * 16), config.width
     latent_size(height, width)
     return height, width
-
-
-def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
-    """The mesh that is asked for, of all devices; by default a good one, on CPUs of one device.
-
-    Raises:
-      InputError: the mesh does not fit the devices, the heads, or the CFG cache.
-    """
-    devices = jax.devices()
-    apart = config.guidance != 1  # the branches of guidance on different devices
-    _, _, every = caching.switches(config)
-    if config.mesh is not None:
-        shape = parse_mesh(config.mesh, len(devices))
-    else:
-        devices = devices[:1] if devices[0].platform == "cpu" else devices
-        shape = sampling_mesh(len(devices), dit.num_heads, apart and every == 1)
-    check_heads(dit.num_heads, shape.ulysses)
-    if apart and every > 1 and shape.batch == 2:
-        raise InputError(
-            f"cfg-cache {every} on mesh {shape}, where the unconditional branch's own devices would wait; "
-            "data * fsdp other than 2 is accepted; give those devices to ring or ulysses, or leave --cfg-cache out"
-        )
-    return make_mesh(shape, devices)
 
 
 def make_noise(config: SampleConfig, shape: tuple[int, ...]) -> np.ndarray:

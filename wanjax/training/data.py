@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sharding.distributed import is_main
-from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.encoders import Encoders, open_encoders
 from wanjax.conditioning.text import Tokenizer
 from wanjax.config import CachedData, ShapesData, SyntheticData, TrainConfig, VideoData
 from wanjax.data.batch import Source
@@ -94,11 +94,11 @@ def _for_dit(config: TrainConfig, objective: FlowMatching, encoders: Encoders | 
     if isinstance(config.data, CachedData):
         return Data(CachedSamples(config.data.path, config, objective.dit))
     chosen = open_clips(config)
-    encoders = encoders or Encoders(config, objective.dit)
+    encoders = encoders or open_encoders(config, objective.dit)
     return Data(task_samples(config, encoders, chosen), encoders)
 
 
 def task_samples(config: TrainConfig, encoders: Encoders, chosen: ClipSet) -> TaskSamples:
     """Clips of a run, with what is given of them."""
     size = encoders.clip.image_size if encoders.clip else 0
-    return TaskSamples(chosen.clips, chosen.order(config), config, encoders.tokenizer, encoders.images, size)
+    return TaskSamples(chosen.clips, chosen.order(config), config, encoders.tokenizer, encoders.image_count, size)

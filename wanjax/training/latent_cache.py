@@ -26,10 +26,11 @@ from tqdm import tqdm
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.cli import Parser, check_counts, exit_codes
-from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.encoders import Encoders, open_encoders
 from wanjax.conditioning.frames import TEMPORAL_FACTOR, latent_mask
+from wanjax.conditioning.samples import Encoded, PixelSample
 from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
-from wanjax.data.batch import Encoded, Pixels, place
+from wanjax.data.batch import place
 from wanjax.data.buckets import Order, Shape
 from wanjax.data.samples import TaskSamples, dropped, place_of
 from wanjax.errors import InputError
@@ -265,7 +266,7 @@ def encode_all(
     parts = [places[start : start + batch] for start in range(0, len(places), batch)]
     read = grain.MapDataset.source(parts).map(lambda part: [samples.named_sample(*p) for p in part])
     for part in read.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
-        pixels: list[Pixels] = [pixels for _, pixels in part]
+        pixels: list[PixelSample] = [pixels for _, pixels in part]
         encoded = jax.device_get(encoders(place([*pixels, *pixels[-1:] * (batch - len(part))], batch)))
         for i, (name, sample) in enumerate(part):
             yield _pack(name, jax.tree.map(lambda x, i=i: x[i], encoded), sample.given)
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     dit = config.dit or checks.network(config)
     devices = jax.local_devices()
     with jax.set_mesh(make_mesh(MeshShape(fsdp=len(devices)), devices)):
-        chosen, encoders = open_clips(config), Encoders(config, dit)
+        chosen, encoders = open_clips(config), open_encoders(config, dit)
         samples, share = task_samples(config, encoders, chosen), (flags.process_id, flags.processes)
         write_cache(config, samples, chosen.buckets, encoders, Path(flags.out), share)
 

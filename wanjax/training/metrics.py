@@ -1,25 +1,22 @@
 """How good the DiT is on clips that it has not learned from: validation loss, and whole videos against the true ones.
 
-    losses = validation_losses(objective, model, batch)      # at fixed noise levels with fixed noise
-    video  = sample(model, networks, batch, noise, schedule)  # what sampling would make of the batch
+    losses  = validation_losses(objective, model, batch)      # at fixed noise levels with fixed noise
+    latents = sample_latents(model, batch, ..)                # wanjax.sampling.batch: whole videos
 
 PSNR and SSIM are of videos in [0, 255], over all pixels of the frames compared.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding.rules import constrain, replicate
-from wanjax.data.batch import Encoded
-from wanjax.diffusion import solvers
+from sharding.rules import constrain
+from wanjax.conditioning.samples import Encoded
 from wanjax.models.dit import DiT
-from wanjax.models.vae import VAE
 from wanjax.training.objectives.flow_matching import FlowMatching, Noised
 
 SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
@@ -35,54 +32,6 @@ def validation_losses(objective: FlowMatching, model: DiT, batch: Encoded, seed:
         return objective.loss(model, Noised(batch, noise, sigmas))
 
     return jax.lax.map(at, jnp.asarray(SIGMAS))
-
-
-@functools.partial(jax.jit, static_argnames="steps")
-def sample_latents(
-    model: DiT,
-    batch: Encoded,
-    empty_text: jax.Array,
-    noise: jax.Array,
-    schedule: solvers.Schedule,
-    guidance: jax.Array | float,
-    steps: int,
-) -> jax.Array:
-    """Latents `[b, f, h, w, c]` of a batch, with everything that it gives the model.
-
-    Args:
-      model: the DiT.
-      batch: encoded clips; their latents are not looked at.
-      empty_text: features `[l, text_dim]` of the empty caption, from which guidance leads away.
-      noise: `[b, f, h, w, c]`.
-      schedule: of `steps` steps.
-      guidance: scale; 1: none.
-      steps: of the solver.
-    """
-    noise = constrain(noise, "batch", None, None, None, None)
-    negative = jnp.broadcast_to(empty_text, batch.text.shape).astype(batch.text.dtype)
-    contexts = [model.context(text, batch.image) for text in (batch.text, negative)]
-
-    def velocity(x: jax.Array, i: jax.Array) -> jax.Array:
-        x = x if batch.control is None else jnp.concatenate([x, batch.control], axis=-1)
-        timestep = constrain(jnp.broadcast_to(arrays.timesteps[i], noise.shape[:1]), "batch")
-        positive = model(x, timestep, contexts[0])  # [b, f, h, w, c]
-        return jax.lax.cond(
-            jnp.asarray(guidance) == 1,
-            lambda: positive,
-            lambda: (1 - guidance) * model(x, timestep, contexts[1]) + guidance * positive,
-        )
-
-    def body(i: jax.Array, state: solvers.SolverState) -> solvers.SolverState:
-        return solvers.step(arrays, i, state, velocity(state.sample, i))
-
-    arrays = jax.tree.map(jnp.asarray, schedule)
-    return jax.lax.fori_loop(0, steps, body, solvers.init(noise)).sample
-
-
-@jax.jit
-def decode(vae: VAE, latents: jax.Array) -> jax.Array:
-    """Latents to uint8 videos `[b, F, H, W, 3]`, the whole of them on every device."""
-    return replicate(jnp.round((vae.decode(latents).astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8))
 
 
 def noise_of(clips: Any, shape: tuple[int, ...], seed: int = 0) -> jax.Array:

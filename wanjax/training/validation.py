@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.distributed import is_main
-from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.encoders import Encoders, open_encoders
+from wanjax.conditioning.samples import PixelSample
 from wanjax.config import CachedData, TaskMix, TrainConfig
-from wanjax.data.batch import Pixels, host_rows, make_batch, place
+from wanjax.data.batch import host_rows, make_batch, place
 from wanjax.diffusion import solvers
 from wanjax.media import write_video
+from wanjax.sampling.batch import sample_latents
+from wanjax.sampling.decoding import decode_batch
 from wanjax.training import metrics
 from wanjax.training.data import Data, open_clips, open_data, task_samples
 from wanjax.training.log import Log
@@ -50,7 +53,7 @@ def open_validation(config: TrainConfig, objective: Objective, data: Data) -> Va
     encoders = data.encode if isinstance(data.encode, Encoders) else None
     cached = isinstance(config.data, CachedData)
     if isinstance(objective, FlowMatching) and encoders is None and (config.sample_every or not cached):
-        encoders = Encoders(config, objective.dit)
+        encoders = open_encoders(config, objective.dit)
     losses = Losses(config, objective, encoders) if config.validate_every else None
     sampler = None
     if config.sample_every:
@@ -129,25 +132,17 @@ class Sampler:
         self.config = config = dataclasses.replace(config, tasks=tasks, batch=config.sample_clips)
         source = task_samples(config, encoders, open_clips(config))
         numbers = [source.order[i] for i in range(config.sample_clips)]
-        pixels: list[Pixels] = [source.sample(number, 0) for number in numbers]
+        pixels: list[PixelSample] = [source.sample(number, 0) for number in numbers]
         self.truth, self.given = np.stack([x.video for x in pixels]), pixels[0].given
         self.batch = encoders(place([pixels[row] for row in host_rows(len(pixels))], len(pixels)))
-        self.vae, self.empty_text = encoders.networks.vae, jnp.asarray(encoders.empty_text())
+        self.vae, self.empty_text = encoders.networks["vae"], jnp.asarray(encoders.empty_text())
         self.noise = metrics.noise_of(numbers, self.batch.latents.shape[1:])
         self.schedule = solvers.make_schedule("unipc", config.sample_steps, config.shift, "official")
 
     def sample(self, model: Any) -> np.ndarray:
         """Videos uint8 `[b, F, H, W, 3]`, on every process."""
-        latents = metrics.sample_latents(
-            model,
-            self.batch,
-            self.empty_text,
-            self.noise,
-            self.schedule,
-            self.config.guidance,
-            self.config.sample_steps,
-        )
-        return np.asarray(metrics.decode(self.vae, latents))
+        latents = sample_latents(model, self.batch, self.empty_text, self.noise, self.schedule, self.config.guidance)
+        return np.asarray(decode_batch(self.vae, latents))
 
     def figures(self, videos: np.ndarray) -> dict[str, float]:
         """Likeness to the true clips: of the given end frames, and of those between if both ends are given."""

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sharding.rules import activation_spec, constrain, parameter_sharding, shard_parameters
+from wanjax.conditioning.samples import Encoded
 from wanjax.config import DiTConfig, TrainConfig
-from wanjax.data.batch import Encoded
 from wanjax.diffusion import flow
 from wanjax.models.dit import DiT
 from wanjax.training.initialize import load_start

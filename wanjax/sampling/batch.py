@@ -1,0 +1,56 @@
+"""Sampling a batch of clips that are encoded already: validation during training, and benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sharding.rules import replicate, reshape
+from wanjax.conditioning.samples import Encoded
+from wanjax.diffusion import solvers
+from wanjax.diffusion.denoise import Guided, denoise, start
+from wanjax.models.dit import Context, DiT
+
+
+def sample_latents(
+    dit: DiT,
+    batch: Encoded,
+    empty_text: jax.Array,
+    noise: jax.Array,
+    schedule: solvers.Schedule,
+    guidance: float,
+) -> jax.Array:
+    """Latents `[b, f, h, w, c]`, float32, of a batch, with everything that it gives the network.
+
+    Args:
+      dit: the network.
+      batch: encoded clips; their latents are not looked at.
+      empty_text: features `[l, text_dim]` of the empty caption, from which guidance leads away.
+      noise: `[b, f, h, w, c]`.
+      schedule: from `solvers.make_schedule`.
+      guidance: scale; 1: none.
+    """
+    context, control = encode_context(dit, batch, None if guidance == 1 else empty_text)
+    predictor = Guided(dit, context, control, guidance)
+    return denoise(predictor, schedule, start(predictor, noise), 0, len(schedule.timesteps))[0].sample
+
+
+@jax.jit
+def encode_context(dit: DiT, batch: Encoded, empty_text: jax.Array | None) -> tuple[Context, Any]:
+    """What `Guided` takes of a batch: context of every sample and, if there is an empty text, of its other branch; and
+    the control branch, whole on every device.
+    """
+    text, image = batch.text, batch.image
+    if empty_text is not None:
+        negative = jnp.broadcast_to(empty_text, text.shape).astype(text.dtype)
+        text = interleave(text, negative)
+        image = None if image is None else interleave(image, image)
+    return dit.context(text, image), None if batch.control is None else replicate(batch.control)
+
+
+def interleave(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`[b, ..]` twice -> `[2 b, ..]`: x0, y0, x1, y1, ..; each device keeps its own."""
+    both = jnp.stack([x, y], axis=1)  # [b, 2, ..]
+    return reshape(both, (2 * len(x), *x.shape[1:]))
