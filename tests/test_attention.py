@@ -2,13 +2,14 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wanjax.ops.attention import attention, kernel, reference_backward, reference_forward
+from wanjax.ops.attention import attention, kernel, public_forward, reference_backward, reference_forward
 from wanjax.ops.kernels import LOWEST, cudnn, flash_tpu
 
 
@@ -164,13 +165,81 @@ def test_the_platform_compiled_for_chooses_the_kernel(valid):
 def test_cudnn_is_given_an_output_with_the_right_row_products(monkeypatch):
     seen = {}
 
-    def fake(q, k, v, *rest, **options):
-        seen["lse"], seen["out"], seen["dout"] = rest[-3:]
-        return q, k, v
+    def fake(*, query, key, value, **others):
+        seen.update(others)
+        return query, key, value
 
-    monkeypatch.setattr(cudnn.cudnn, "_dot_product_attention_bwd_impl", fake)
+    monkeypatch.setattr(cudnn.private, "_dot_product_attention_bwd_impl", fake)
     q, dout = random((1, 2, 5, 8), 0, jnp.bfloat16), random((1, 2, 5, 8), 1, jnp.bfloat16).at[0, 0, 0].set(0)
     delta = random((1, 2, 5), 2).at[0, 0, 0].set(0)
     cudnn.backward(q, q, q, None, delta, delta, dout)
-    products = np.sum(np.asarray(seen["out"], np.float32) * np.asarray(dout, np.float32), axis=-1)
+    products = np.sum(np.asarray(seen["fwd_output"], np.float32) * np.asarray(dout, np.float32), axis=-1)
     np.testing.assert_allclose(products, delta, rtol=0.01)
+    np.testing.assert_array_equal(seen["activation"], delta)
+    np.testing.assert_array_equal(seen["grad_output"], dout)
+
+
+OTHER_RELEASES = {
+    "gone": None,
+    "without its parts": SimpleNamespace(),
+    "another argument": SimpleNamespace(
+        MaskType=None,
+        AttentionLayout=None,
+        _dot_product_attention_fwd_impl=lambda query, another, **_: None,
+        _dot_product_attention_bwd_impl=lambda query, **_: None,
+    ),
+    "an argument less": SimpleNamespace(
+        MaskType=None,
+        AttentionLayout=None,
+        _dot_product_attention_fwd_impl=lambda query, key, value: None,
+        _dot_product_attention_bwd_impl=lambda query, **_: None,
+    ),
+}
+
+
+@pytest.mark.parametrize("valid", [False, True])
+@pytest.mark.parametrize("release", OTHER_RELEASES)
+def test_a_jax_whose_own_functions_are_other_ones(monkeypatch, release, valid):
+    """No platform fails; GPUs take the public function where it can be traced, as it is here in the second half."""
+    assert cudnn.known()
+    monkeypatch.setattr(cudnn, "private", OTHER_RELEASES[release])
+    for platform in ("cpu", "cuda"):
+        assert "custom_call" not in lowered(platform, jnp.bfloat16, valid)
+    seen = use_public_function(monkeypatch)
+    assert "custom_call" not in lowered("cuda", jnp.bfloat16, valid)
+    assert seen.count("cudnn") == 3  # asked whether it works, forward; again for the backward pass
+
+
+def use_public_function(monkeypatch):
+    """JAX's public function as if there was a GPU, by its implementation for all platforms. Gives what is asked for."""
+    seen, real = [], jax.nn.dot_product_attention
+
+    def public(*args, implementation, **others):
+        seen.append(implementation)
+        return real(*args, implementation="xla", **others)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", public)
+    return seen
+
+
+@pytest.mark.parametrize("valid", [None, 0, 1, 20, 37])
+def test_public_function(monkeypatch, valid):
+    use_public_function(monkeypatch)
+    q, k = random((2, 3, 30, 16), 0, jnp.bfloat16), random((2, 3, 37, 16), 1, jnp.bfloat16)
+    valid = None if valid is None else jnp.int32(valid)
+    got = public_forward(q, k, k, valid, jnp.float32)
+    assert all(x.dtype == jnp.float32 for x in got)
+    assert_close(got, forward(q, k, k, valid, jnp.float32), 0.01)
+
+
+def test_public_function_alone_is_left_where_nobody_asks_for_sums(monkeypatch):
+    use_public_function(monkeypatch)
+    x = jax.ShapeDtypeStruct((1, 2, 2000, 64), jnp.bfloat16)
+    programs = (
+        jax.jit(run).lower(x, x, x).compile().as_text()
+        for run in (
+            lambda q, k, v: public_forward(q, k, v, None, q.dtype),
+            lambda q, k, v: public_forward(q, k, v, None, q.dtype)[0],
+        )
+    )
+    assert ["while(" in text for text in programs] == [True, False]

@@ -67,6 +67,17 @@ def seen(video):
     return video.mean((1, 2, 3))
 
 
+def test_titles_that_are_no_utf_8_do_not_matter(tmp_path):
+    path = encode(
+        tmp_path / "a.mp4", gray([100] * 9), edit=lambda stream: stream.container.metadata.update(title="fenetre")
+    )
+    whole = path.read_bytes()
+    assert whole.count(b"fenetre") == 1
+    path.write_bytes(whole.replace(b"fenetre", "fenêtre".encode("latin-1")))
+    assert probe(path)[:2] == (48, 64)
+    assert decode(path, [0.0], 48, 64).shape == (1, 48, 64, 3)
+
+
 # ------------------------------------------------------------------------------------------------------------- times
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -30,6 +30,8 @@ _RESIZE = (
     | Interpolation.FULL_CHR_H_INP
     | Interpolation.BITEXACT
 )
+# Titles that are no UTF-8 do not matter. PyAV 19 reads them without being told, and knows the option no more.
+_TITLES: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 
 
 class Damaged(Exception):  # noqa: N818
@@ -141,7 +143,7 @@ class Painter:
 
 def _open(path: str | Path) -> InputContainer:
     try:
-        return av.open(str(path), metadata_errors="replace")
+        return av.open(str(path), **_TITLES)
     except FileNotFoundError as error:
         raise Damaged("the file does not exist") from error
     except av.FFmpegError as error:

@@ -74,19 +74,34 @@ def kernel(choice: Attention = "auto") -> Kernel:
             kernels = {"tpu": int8fp8_tpu.forward, "cuda": int8fp8_gpu.forward, "default": int8fp8.forward}
         else:
             kernels = {"tpu": flash_tpu.forward}
-            if cudnn.supports(q):
-                kernels["cuda"] = cudnn.forward
+            if on_gpu := gpu_kernel(q, k):
+                kernels["cuda"] = on_gpu.forward
             if choice != "flash":
                 kernels["default"] = reference_forward
         return jax.lax.platform_dependent(q, k, v, valid, **{name: on(run) for name, run in kernels.items()})
 
-    def backward(q, *args) -> Gradients:
-        others = {"cuda": cudnn.backward} if cudnn.supports(q) else {}
+    def backward(q, k, *args) -> Gradients:
+        on_gpu = gpu_kernel(q, k)
+        others = {"cuda": on_gpu.backward} if on_gpu else {}
         if choice != "flash":
             others["default"] = reference_backward
-        return jax.lax.platform_dependent(q, *args, tpu=flash_tpu.backward, **others)
+        return jax.lax.platform_dependent(q, k, *args, tpu=flash_tpu.backward, **others)
 
     return Kernel(forward, int8fp8.backward if in_8_bits else backward)
+
+
+def gpu_kernel(q: jax.Array, k: jax.Array) -> Kernel | None:
+    """The flash kernel of NVIDIA GPUs for these inputs; by JAX's public function where its private ones are others."""
+    if not cudnn.supports(q):
+        return None
+    if cudnn.known():
+        return Kernel(cudnn.forward, cudnn.backward)
+    return Kernel(public_forward, reference_backward) if cudnn.public_works(q, k) else None
+
+
+def public_forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
+    """A kernel's `forward` by cuDNN, with the log-sum-exp of the reference, which XLA drops where nobody uses it."""
+    return cudnn.public_output(q, k, v, valid, dtype), reference_forward(q, k, v, valid, dtype)[1]
 
 
 def check_choice(choice: Attention, dtype: DTypeLike, platform: str) -> None:
