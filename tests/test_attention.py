@@ -25,7 +25,7 @@ def random(shape, seed, dtype=jnp.float32):
 forward, backward = jax.jit(reference_forward, static_argnums=4), jax.jit(reference_backward)
 
 
-def assert_close(results, expected, tolerance=2e-6):
+def assert_close_by_norm(results, expected, tolerance=2e-6):
     """By norm; what should be zero is exactly that."""
     for got, wanted in zip(results, expected, strict=True):
         got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
@@ -41,14 +41,14 @@ def with_gradients(function, q, k, v, dout):
 @pytest.mark.parametrize(("lq", "lk"), [(600, 37), (5, 300)])
 def test_value_and_gradients(lq, lk):
     q, k, v, dout = (random((2, length, 3, 16), seed) for seed, length in enumerate((lq, lk, lk, lq)))
-    assert_close(with_gradients(attention, q, k, v, dout), with_gradients(softmax_attention, q, k, v, dout))
+    assert_close_by_norm(with_gradients(attention, q, k, v, dout), with_gradients(softmax_attention, q, k, v, dout))
 
 
 def test_bfloat16_stays_close_and_keeps_its_dtype():
     inputs = [random((1, 300, 2, 32), seed) for seed in range(4)]
     results = with_gradients(attention, *(x.astype(jnp.bfloat16) for x in inputs))
     assert all(x.dtype == jnp.bfloat16 for x in results)
-    assert_close(results, with_gradients(softmax_attention, *inputs), 0.02)
+    assert_close_by_norm(results, with_gradients(softmax_attention, *inputs), 0.02)
 
 
 def test_gradient_needs_no_memory_for_the_scores():
@@ -63,10 +63,10 @@ def test_only_valid_keys_count(valid):
     q, k, v, dout = (random((1, 2, 37, 8), seed) for seed in range(4))
     short = k[:, :, :valid], v[:, :, :valid]
     out, lse = forward(q, k, v, jnp.int32(valid), jnp.float32)
-    assert_close((out, lse), forward(q, *short, None, jnp.float32))
+    assert_close_by_norm((out, lse), forward(q, *short, None, jnp.float32))
     lse, delta = lse + 0.5, random(lse.shape, 4)  # as if other blocks had keys too
     dq, dk, dv = backward(q, k, v, jnp.int32(valid), lse, delta, dout)
-    assert_close((dq, dk[:, :, :valid], dv[:, :, :valid]), backward(q, *short, None, lse, delta, dout))
+    assert_close_by_norm((dq, dk[:, :, :valid], dv[:, :, :valid]), backward(q, *short, None, lse, delta, dout))
     assert not np.any(dk[:, :, valid:])
     assert not np.any(dv[:, :, valid:])
 
@@ -120,21 +120,21 @@ def test_tpu_kernel_equals_the_reference(lq, lk, d, valid):
     valid = None if valid is None else jnp.int32(valid)
     out, lse = forward(q, k, v, valid, jnp.float32)
     results = flash_tpu.forward(q, k, v, valid, jnp.float32, interpret=True)
-    assert_close(results, (out, lse))
+    assert_close_by_norm(results, (out, lse))
     lse, delta = jnp.maximum(lse, 0) + 0.5, random(lse.shape, 4)  # as if other blocks had keys too
     expected = backward(q, k, v, valid, lse, delta, dout)
-    assert_close(flash_tpu.backward(q, k, v, valid, lse, delta, dout, interpret=True), expected)
+    assert_close_by_norm(flash_tpu.backward(q, k, v, valid, lse, delta, dout, interpret=True), expected)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_tpu_kernel_in_bfloat16():
     q, k, v, dout = (random((1, 1, 200, 64), seed, jnp.bfloat16) for seed in range(4))
     out, lse = forward(q, k, v, None, jnp.float32)
-    assert_close(flash_tpu.forward(q, k, v, None, jnp.float32, interpret=True), (out, lse), 0.01)
+    assert_close_by_norm(flash_tpu.forward(q, k, v, None, jnp.float32, interpret=True), (out, lse), 0.01)
     delta = jnp.sum(out * dout, axis=-1)
     results = flash_tpu.backward(q, k, v, None, lse, delta, dout, interpret=True)
     assert all(x.dtype == jnp.float32 for x in results)
-    assert_close(results, backward(q, k, v, None, lse, delta, dout), 0.02)
+    assert_close_by_norm(results, backward(q, k, v, None, lse, delta, dout), 0.02)
 
 
 def lowered(platform, dtype, valid):

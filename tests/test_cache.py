@@ -4,22 +4,23 @@ import dataclasses
 import json
 import os
 
-import jax
 import numpy as np
 import pytest
+from tiny import DIT, TRAIN, on
 
-from sharding.mesh import MeshShape, make_mesh
 from wanjax.conditioning.samples import Encoded, PixelSample
-from wanjax.config import CachedData, DiTConfig, ShapesData, TaskMix, TrainConfig
+from wanjax.config import CachedData, ShapesData, TaskMix
 from wanjax.data.buckets import Order
 from wanjax.data.samples import TaskSamples
 from wanjax.demo.shapes import Shapes
 from wanjax.errors import InputError
 from wanjax.training import latent_cache
 
-DIT = DiTConfig(in_channels=8, out_channels=2, text_dim=3, text_len=6, image_dim=None, image_positions=0)
 CLIPS = ShapesData("all", 0, 5)
-CONFIG = TrainConfig(tasks=TaskMix(flf2v=1.0, variants=2), frames=5, height=16, width=16, batch=2, data=CLIPS)
+NETWORK = dataclasses.replace(
+    DIT, in_channels=8, out_channels=2, text_dim=3, text_len=6, image_dim=None, image_positions=0
+)
+CONFIG = dataclasses.replace(TRAIN, tasks=TaskMix(flf2v=1.0, variants=2), height=16, width=16, batch=2, data=CLIPS)
 
 
 class Encoders:
@@ -49,7 +50,7 @@ def write(out, encoders, config=CONFIG, **share):
     clips = Shapes(config.data.first_seed, 5, 5, 16)
     buckets = {clips.shape(0): np.arange(5)}
     samples = TaskSamples(clips, Order(buckets, config.batch), config, tokens, 0, 0)
-    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
+    with on():
         latent_cache.write_cache(config, samples, buckets, encoders, out, **share)
 
 
@@ -80,15 +81,15 @@ def test_goes_on_where_it_was_stopped(tmp_path, monkeypatch, reading):
         write(tmp_path / "c", Encoders())
     monkeypatch.setattr(latent_cache, "_write_file", real)
     with pytest.raises(InputError, match=r"no index\.json"):
-        latent_cache.CachedSamples(reading.data.path, reading, DIT)
+        latent_cache.CachedSamples(reading.data.path, reading, NETWORK)
     first = (tmp_path / "c/clips-000000.arrayrecord").stat().st_mtime_ns
     encoders = Encoders()
     write(tmp_path / "c", encoders)
     assert encoders.calls == 3  # (2 + 1 clips) x 2 draws, 2 at a time
     assert (tmp_path / "c/clips-000000.arrayrecord").stat().st_mtime_ns == first
     assert sorted(os.listdir(tmp_path / "c")) == sorted(os.listdir(tmp_path / "whole"))
-    ours = latent_cache.CachedSamples(reading.data.path, reading, DIT)
-    whole = latent_cache.CachedSamples(str(tmp_path / "whole"), reading, DIT)
+    ours = latent_cache.CachedSamples(reading.data.path, reading, NETWORK)
+    whole = latent_cache.CachedSamples(str(tmp_path / "whole"), reading, NETWORK)
     clips = Shapes(0, 5, 5, 16)
     for i in range(10):
         assert ours.name(i) == whole.name(i)
@@ -117,19 +118,19 @@ def test_what_a_network_does_not_take(tmp_path, reading):
         ({"in_channels": 2}, "has known of 2 channels, the network takes none"),
     ):
         with pytest.raises(InputError, match=message):
-            latent_cache.CachedSamples(reading.data.path, reading, dataclasses.replace(DIT, **change))
+            latent_cache.CachedSamples(reading.data.path, reading, dataclasses.replace(NETWORK, **change))
 
 
 def test_damaged_folders(tmp_path, reading):
     write(tmp_path / "c", Encoders())
     (tmp_path / "c/clips-000001.arrayrecord").unlink()
     with pytest.raises(InputError, match=r"lacks 1 of 4 files, the first clips-000001\.arrayrecord"):
-        latent_cache.CachedSamples(reading.data.path, reading, DIT)
+        latent_cache.CachedSamples(reading.data.path, reading, NETWORK)
     index = json.loads((tmp_path / "c/index.json").read_text())
     for text in ("{", json.dumps({k: v for k, v in index.items() if k != "files"})):
         (tmp_path / "c/index.json").write_text(text)
         with pytest.raises(InputError, match=r"index\.json is damaged"):
-            latent_cache.CachedSamples(reading.data.path, reading, DIT)
+            latent_cache.CachedSamples(reading.data.path, reading, NETWORK)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_caching import GUIDANCE, NETWORK, SCHEDULE, inputs, network
-from test_sample import DIFFUSERS, flags, refused
+from tiny import DIFFUSERS, DIT, GUIDANCE, SCHEDULE, flags, random_dit, random_inputs, refused
 
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
@@ -111,8 +110,8 @@ def test_without_guidance(tmp_path, capsys):
 def test_the_error_of_the_restored_branch_is_the_one_measured():
     """What the CFG cache does to the guided velocity, one step after both branches ran."""
     rules = Rules(None, None, None, uncond_interval=np.int32(2), may_skip_uncond=jnp.ones(STEPS, bool))
-    dit = network()
-    noise, control, text, image = inputs(2)
+    dit = random_dit()
+    noise, control, text, image = random_inputs(2)
     context, schedule = dit.context(text, image), jax.tree.map(jnp.asarray, SCHEDULE)
 
     plain = (dit, context, control, GUIDANCE)
@@ -228,11 +227,11 @@ def test_fits_on_a_mesh():
     config = SampleConfig(height=48, width=64, frames=9)
     mesh = make_mesh(MeshShape(data=2, ring=2, ulysses=2))
     with jax.set_mesh(mesh):
-        stage = programs.denoise_step(config, NETWORK, programs.AbstractInputs(mesh))
+        stage = programs.denoise_step(config, DIT, programs.AbstractInputs(mesh))
         predictor, schedule, (state, _), *steps = stage.arguments
         measured = calibrate.Measured(*vars(predictor).values())
         carry = jax.eval_shape(start, measured, state.sample)
         after, memory = jax.eval_shape(denoise, measured, schedule, carry, *steps)
         assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-        assert memory.residual.shape == (2, 36, NETWORK.dim)
+        assert memory.residual.shape == (2, 36, DIT.dim)
         assert [x.shape for x in memory.change] == [(), (), (), ()]

@@ -1,30 +1,23 @@
 """Checkpoints: restored on any mesh, whole or not at all, refused where they do not fit."""
 
 import dataclasses
-import math
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from tiny import DIT, on
 
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import DiTConfig, TrainConfig
+from sharding.mesh import MeshShape
+from wanjax.config import TrainConfig
 from wanjax.errors import InputError
 from wanjax.training.checkpoint import Checkpoints
 from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import abstract_state
 
-DIT = DiTConfig(
-    dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
-)
 CONFIG = TrainConfig(dit=DIT)
 OBJECTIVE = FlowMatching(CONFIG, DIT)
 SHAPE = MeshShape(fsdp=2, ring=2, ulysses=2)
-
-
-def on(shape):
-    return jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape)]))
 
 
 def state_of(step):

@@ -1,39 +1,31 @@
 """The image encoder against both reference implementations, and its own invariants."""
 
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
+from tiny import GOLDEN, assert_close, golden_arrays
 
 from wanjax.conditioning.images import clip_pixels, read_image
 from wanjax.config import CLIPConfig
 from wanjax.models.clip import CLIPVision
-from wanjax.weights import Checkpoint
 
-GOLDEN = Path(__file__).parent / "golden"
 encode = jax.jit(lambda clip, pixels: clip(pixels))
 
 
 @functools.cache
 def load(layout, dtype=jnp.float32):
-    checkpoint = Checkpoint(GOLDEN / layout)
-    clip = checkpoint.load("clip", checkpoint.config("clip", dtype=dtype, param_dtype=dtype))
-    return clip, np.load(GOLDEN / layout / "expected.npz")
-
-
-def close(ours, reference):
-    assert ours.shape == reference.shape
-    assert np.abs(np.asarray(ours) - reference).max() <= 1e-4 * max(1, np.abs(reference).max())
+    return tiny.load(GOLDEN / layout, "clip", dtype=dtype, param_dtype=dtype), golden_arrays(layout)
 
 
 @pytest.mark.parametrize("case", ["clip", "large_clip"])
 def test_equals_official(case):
     clip, expected = load("official")
-    close(encode(clip, np.moveaxis(expected[f"{case}_pixels"], 1, -1)), expected[f"{case}_features"])
+    assert_close(encode(clip, np.moveaxis(expected[f"{case}_pixels"], 1, -1)), expected[f"{case}_features"])
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
@@ -41,7 +33,7 @@ def test_from_picture_to_features(layout):
     clip, expected = load(layout)
     size = clip.config.image_size
     frames = [clip_pixels(read_image(GOLDEN / layout / f"{name}.png"), size, layout) for name in ("first", "last")]
-    close(encode(clip, np.stack(frames)), expected["clip_features"])
+    assert_close(encode(clip, np.stack(frames)), expected["clip_features"])
 
 
 def test_bfloat16_stays_near_float32():

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
-from test_caching import NETWORK, SCHEDULE, STEPS
-from test_sample import DIFFUSERS, flags
+from tiny import DIFFUSERS, DIT, ROOT, SCHEDULE, STEPS, flags
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import SampleConfig
@@ -27,7 +26,6 @@ from wanjax.sampling import compile_cache
 from wanjax.sampling.cache_rules import make_rules
 from wanjax.sampling.compile_cache import Programs
 
-ROOT = Path(__file__).parent.parent
 # Runs the command line and counts, by JAX's own events, what was traced to a program, compiled, and found compiled.
 COUNTED = """
 import json, sys
@@ -143,7 +141,7 @@ def test_the_configuration_is_in_the_key():
     """Whatever changes the program without changing a shape."""
 
     def name(solver="unipc", steps=STEPS, rules=True, **changes):
-        dit = DiT(dataclasses.replace(NETWORK, **changes), nnx.Rngs(0))
+        dit = DiT(dataclasses.replace(DIT, **changes), nnx.Rngs(0))
         kept = make_rules(SampleConfig(cache="fixed:2"), SCHEDULE) if rules else None
         return compile_cache.key(double, (dit, solvers.make_schedule(solver, steps, 5.0), kept))
 

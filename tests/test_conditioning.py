@@ -1,10 +1,9 @@
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny import golden_arrays
 
 from wanjax.conditioning.frames import (
     control_branch,
@@ -16,11 +15,9 @@ from wanjax.conditioning.frames import (
 )
 from wanjax.errors import InputError
 
-GOLDEN = Path(__file__).parent / "golden"
-
 
 def test_official_mask_and_branch():
-    golden = np.load(GOLDEN / "official" / "expected.npz")
+    golden = golden_arrays("official")
     given = given_frames("flf2v", 17)
     mask = latent_mask(given[None], 8, 12)
     np.testing.assert_array_equal(mask[0], np.moveaxis(golden["y_mask"], 0, -1))
@@ -29,7 +26,7 @@ def test_official_mask_and_branch():
 
 
 def test_diffusers_mask():
-    condition = np.moveaxis(np.load(GOLDEN / "diffusers" / "expected.npz")["condition"], 1, -1)
+    condition = np.moveaxis(golden_arrays("diffusers")["condition"], 1, -1)
     _, f, h, w, _ = condition.shape
     mask = latent_mask(given_frames("flf2v", 4 * f - 3)[None], h, w)
     np.testing.assert_array_equal(mask, condition[..., :4])

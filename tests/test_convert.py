@@ -1,15 +1,14 @@
 """Reading checkpoints: every tensor at its place, every spelling of the releases."""
 
-import functools
 import json
-import shutil
-from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny import GOLDEN, LAYOUTS, assert_same_model, golden, load, values
+from tiny_checkpoints import STEMS, copy_checkpoint, edit, make_i2v, make_t2v, shard, spell_as_published
 
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wanjax.errors import InputError
@@ -17,81 +16,12 @@ from wanjax.weights import Checkpoint
 from wanjax.weights.layouts import NETWORKS
 from wanjax.weights.load import abstract_model, parameter_shapes, parameters
 from wanjax.weights.mapping import Table, expand, weight
-from wanjax.weights.tensors import TensorInfo
-from wanjax.weights.write import write_tensors
 
-GOLDEN = Path(__file__).parent / "golden"
-LAYOUTS = ("diffusers", "official")
-DIT = {"diffusers": "transformer/diffusion_pytorch_model", "official": "diffusion_pytorch_model"}
-VAE = {"diffusers": "vae/diffusion_pytorch_model", "official": "Wan2.1_VAE"}
-UMT5 = {"diffusers": "text_encoder/model", "official": "models_t5_umt5-xxl-enc-bf16"}
-CLIP = {
-    "diffusers": "image_encoder/model",
-    "official": "models_clip_open-clip-xlm-roberta-large-vit-huge-14",
-}
-STEMS = {"dit": DIT, "vae": VAE, "umt5": UMT5, "clip": CLIP}
-
-
-def copy_checkpoint(name, folder):
-    """A writable copy of a golden checkpoint without its pictures and arrays."""
-    for file in (GOLDEN / name).rglob("*"):
-        if file.is_file() and file.suffix in (".json", ".safetensors") and file.name != "case.json":
-            place = folder / file.relative_to(GOLDEN / name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
-    return folder
-
-
-def edit(path, change):
-    """Rewrites a file of tensors after `change` did what it likes to the dict of them."""
-    tensors = safetensors.numpy.load_file(path)
-    change(tensors)
-    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
-
-
-def edit_json(path, **entries):
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+# ---- every tensor at its place
 
 
 def raw(layout, network):
     return safetensors.numpy.load_file(GOLDEN / layout / f"{STEMS[network][layout]}.safetensors")
-
-
-def values(model):
-    return {path: np.asarray(leaf[...]) for path, leaf in parameters(model).items()}
-
-
-def assert_same_model(a, b):
-    a, b = values(a), values(b)
-    assert a.keys() == b.keys()
-    for path in a:
-        assert a[path].dtype == b[path].dtype
-        np.testing.assert_array_equal(a[path], b[path], err_msg=path)
-
-
-def load(folder, network):
-    checkpoint = Checkpoint(folder)
-    return checkpoint.load(network, checkpoint.config(network))
-
-
-@functools.cache
-def golden(layout, network):
-    """The golden network in float32, loaded once."""
-    return load(GOLDEN / layout, network)
-
-
-def shard(path, size):
-    """Splits a file of tensors into shards and an index, as the large releases are."""
-    tensors = safetensors.numpy.load_file(path)
-    infos = {key: TensorInfo(x.shape, x.dtype) for key, x in tensors.items()}
-    write_tensors(
-        path.parent, path.name.removesuffix(".safetensors"), infos, tensors.__getitem__, size, lambda *_: None
-    )
-    path.unlink()
-    return path.with_name(path.name + ".index.json")
-
-
-# ---- every tensor at its place
 
 
 # What a parameter is made of; those that no output shows (two biases that are added, the last CLIP block) among them.
@@ -264,12 +194,6 @@ def test_text_encoder_with_the_second_name_only(tmp_path):
     assert_same_model(load(folder, "umt5"), golden("diffusers", "umt5"))
 
 
-def spell_as_published(tensors):
-    for key in list(tensors):
-        tensors[f"vision_model.{key}"] = tensors.pop(key)
-    tensors["vision_model.embeddings.position_ids"] = np.arange(5, dtype=np.int64)[None]
-
-
 def test_image_encoder_as_published(tmp_path):
     folder = copy_checkpoint("diffusers", tmp_path)
     edit(folder / "image_encoder/model.safetensors", spell_as_published)
@@ -280,40 +204,6 @@ def test_twin_is_taken_before_the_pth(tmp_path):
     folder = copy_checkpoint("official", tmp_path)
     (folder / "Wan2.1_VAE.pth").write_bytes(b"not looked at")
     assert_same_model(load(folder, "vae"), golden("official", "vae"))
-
-
-def make_i2v(layout, folder):
-    """A checkpoint with an image branch without positions."""
-    copy_checkpoint(layout, folder)
-    key = {"diffusers": "condition_embedder.image_embedder.pos_embed", "official": "img_emb.emb_pos"}[layout]
-    edit(folder / f"{DIT[layout]}.safetensors", lambda tensors: tensors.pop(key))
-    if layout == "diffusers":
-        edit_json(folder / "transformer/config.json", pos_embed_seq_len=None)
-    else:
-        edit_json(folder / "config.json", model_type="i2v")
-    return folder
-
-
-def make_t2v(layout, folder):
-    """A checkpoint without image encoder and image branch."""
-    copy_checkpoint(layout, folder)
-    branch = ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder", "k_img", "v_img", "img_emb")
-
-    def cut(tensors):
-        for key in [key for key in tensors if any(part in key for part in branch)]:
-            del tensors[key]
-        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :16].copy()
-
-    edit(folder / f"{DIT[layout]}.safetensors", cut)
-    (folder / f"{CLIP[layout]}.safetensors").unlink()
-    if layout == "diffusers":
-        shutil.rmtree(folder / "image_encoder")
-        shutil.rmtree(folder / "image_processor")
-        entries = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None, "in_channels": 16}
-        edit_json(folder / "transformer/config.json", **entries)
-    else:
-        edit_json(folder / "config.json", model_type="t2v", in_dim=16)
-    return folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

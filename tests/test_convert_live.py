@@ -11,21 +11,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_convert import (
-    CLIP,
-    GOLDEN,
-    UMT5,
-    VAE,
-    assert_same_model,
+from tiny import GOLDEN, assert_close, assert_same_model, golden, golden_arrays, load
+from tiny_checkpoints import (
+    CLIP_FILE,
+    UMT5_FILE,
+    VAE_FILE,
     copy_checkpoint,
     edit,
-    golden,
-    load,
+    load_refused,
     make_i2v,
     make_t2v,
     spell_as_published,
 )
-from test_convert_refused import refused
 
 from wanjax.weights import Checkpoint, convert, save
 
@@ -36,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
 ]
-PTH = [stem["official"] for stem in (VAE, UMT5, CLIP)]
+PTH = [stem["official"] for stem in (VAE_FILE, UMT5_FILE, CLIP_FILE)]
 
 
 def with_pth(folder, dtype=None):
@@ -74,12 +71,6 @@ def open_pipeline(folder):
     import diffusers
 
     return diffusers.DiffusionPipeline.from_pretrained(folder)
-
-
-def close(value, expected):
-    value = value.detach().numpy()
-    assert value.shape == expected.shape
-    assert np.abs(value - expected).max() <= 2e-5 * max(1, np.abs(expected).max())
 
 
 # ---- .pth
@@ -126,7 +117,7 @@ def test_pth_is_what_official_gets_where_torch_is(tmp_path):
 def test_truncated_pth(size, tmp_path):
     file = with_pth(tmp_path) / "Wan2.1_VAE.pth"
     file.write_bytes(file.read_bytes()[:size])
-    assert str(file) in refused(tmp_path, "vae", "is not a PyTorch state dict or is damaged")
+    assert str(file) in load_refused(tmp_path, "vae", "is not a PyTorch state dict or is damaged")
 
 
 def test_pth_of_something_else(tmp_path):
@@ -134,9 +125,9 @@ def test_pth_of_something_else(tmp_path):
 
     file = with_pth(tmp_path) / "Wan2.1_VAE.pth"
     torch.save({"state_dict": {"a": torch.zeros(2)}}, file)
-    assert str(file) in refused(tmp_path, "vae", "something else than a dict of tensors")
+    assert str(file) in load_refused(tmp_path, "vae", "something else than a dict of tensors")
     torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, file)
-    assert str(file) in refused(tmp_path, "vae", "has a as complex64")
+    assert str(file) in load_refused(tmp_path, "vae", "has a as complex64")
 
 
 class Harm:
@@ -149,7 +140,7 @@ def test_pth_with_code_is_not_executed(tmp_path, capsys):
 
     file = with_pth(tmp_path) / "Wan2.1_VAE.pth"
     torch.save({"a": Harm()}, file)
-    refused(tmp_path, "vae", "is not a PyTorch state dict")
+    load_refused(tmp_path, "vae", "is not a PyTorch state dict")
     assert "executed" not in capsys.readouterr().out
 
 
@@ -166,22 +157,22 @@ def test_diffusers_computes_the_official_outputs_with_a_converted_checkpoint(tmp
     assert pipe.scheduler.config.flow_shift == 16.0
     assert pipe.scheduler.config.use_flow_sigmas
     assert pipe.image_processor.size["shortest_edge"] == 42
-    expected = np.load(GOLDEN / "official/expected.npz")
+    expected = golden_arrays("official")
     given = {key: torch.from_numpy(expected[key]) for key in expected.files}
     length = int(expected["prompt_len"])
     with torch.no_grad():
         mask = (torch.arange(512) < length)[None]
         context = pipe.text_encoder.float()(given["prompt_ids"][None].long(), mask.long()).last_hidden_state
-        close(context[0, :length], expected["prompt_context"])
+        assert_close(context[0, :length].detach(), expected["prompt_context"], 2e-5)
         features = pipe.image_encoder(given["clip_pixels"], output_hidden_states=True).hidden_states[-2]
-        close(features, expected["clip_features"])
+        assert_close(features.detach(), expected["clip_features"], 2e-5)
         video = given["vae_video_u8"].float() / 127.5 - 1
-        close(pipe.vae.encode(video[None]).latent_dist.mean[0], expected["vae_mu"])
+        assert_close(pipe.vae.encode(video[None]).latent_dist.mean[0].detach(), expected["vae_mu"], 2e-5)
         context = context * mask[..., None]
         velocity = pipe.transformer(
             torch.cat([given["init_noise"], given["y"]])[None], given["dit_t"], context, given["clip_features"]
         )
-        close(velocity.sample[0], expected["dit_velocity"])
+        assert_close(velocity.sample[0].detach(), expected["dit_velocity"], 2e-5)
 
 
 def assert_loads_the_same(folder, source, tmp_path):

@@ -10,28 +10,24 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from test_convert import (
-    CLIP,
-    DIT,
-    GOLDEN,
-    LAYOUTS,
-    assert_same_model,
+from tiny import GOLDEN, LAYOUTS, assert_same_model, golden, load
+from tiny_checkpoints import (
+    CLIP_FILE,
+    DIT_FILE,
+    EXTRA,
     copy_checkpoint,
     edit,
     edit_json,
-    golden,
-    load,
+    fsdp,
     make_i2v,
     make_t2v,
     spell_as_published,
 )
-from test_convert_sharded import fsdp
 
 from wanjax.weights import Checkpoint, convert, save
 from wanjax.weights.layouts import NETWORKS
 
 OTHER = {"diffusers": "official", "official": "diffusers"}
-EXTRA = "wanjax_extra"
 
 
 def official_checkpoint(folder):
@@ -143,7 +139,7 @@ def test_round_trip_keeps_odd_dtypes_and_numbers(tmp_path):
         bits = t["blocks.0.modulation"].view(np.uint32)
         bits[0, 0, :3] = [0x7FC12345, 0xFF800001, 0x80000000]
 
-    edit(folder / f"{DIT['official']}.safetensors", change)
+    edit(folder / f"{DIT_FILE['official']}.safetensors", change)
     assert_same_tensors(folder, there_and_back(folder, tmp_path))
 
 
@@ -166,7 +162,7 @@ def test_what_official_has_no_place_for_is_kept_aside(tmp_path):
     kept = safetensors.numpy.load_file(tmp_path / "new" / EXTRA / "clip.safetensors")
     unused = {
         key
-        for key in safetensors.numpy.load_file(GOLDEN / f"official/{CLIP['official']}.safetensors")
+        for key in safetensors.numpy.load_file(GOLDEN / f"official/{CLIP_FILE['official']}.safetensors")
         if not key.startswith("visual.") or key == "visual.head"
     }
     assert set(kept) == unused
@@ -230,7 +226,8 @@ def test_trained_transformer_in_a_whole_checkpoint(layout, tmp_path):
         assert_same_model(load(tmp_path / "new", network), golden("official", network))
     if layout == "official":
         old, new = (
-            safetensors.numpy.load_file(p / f"{CLIP['official']}.safetensors") for p in (base.path, tmp_path / "new")
+            safetensors.numpy.load_file(p / f"{CLIP_FILE['official']}.safetensors")
+            for p in (base.path, tmp_path / "new")
         )
         assert old.keys() == new.keys()
         assert (tmp_path / "new/xlm-roberta-large/tokenizer.json").is_file()

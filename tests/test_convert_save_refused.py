@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from test_convert import CLIP, DIT, GOLDEN, UMT5, VAE, copy_checkpoint, edit, edit_json, golden
-from test_convert_save import EXTRA
+from tiny import GOLDEN, golden
+from tiny_checkpoints import CLIP_FILE, DIT_FILE, EXTRA, UMT5_FILE, VAE_FILE, copy_checkpoint, edit, edit_json
 
 from wanjax.errors import InputError
 from wanjax.weights import Checkpoint, convert, save
@@ -110,7 +110,7 @@ def test_pth_without_torch(tmp_path, monkeypatch):
     lines = []
     convert(GOLDEN / "diffusers", tmp_path / "new", "official", say=lines.append)
     assert {file.name for file in (tmp_path / "new").glob("*.safetensors")} == {
-        f"{stem['official']}.safetensors" for stem in (DIT, VAE, UMT5, CLIP)
+        f"{stem['official']}.safetensors" for stem in (DIT_FILE, VAE_FILE, UMT5_FILE, CLIP_FILE)
     }
     assert sum("not as .pth, which needs torch" in line for line in lines) == 3
 

@@ -8,27 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from test_convert import GOLDEN, assert_same_model, golden
+from tiny import GOLDEN, assert_same_model, golden
+from tiny_checkpoints import fsdp
 
 from wanjax.weights import Checkpoint
 from wanjax.weights import load as load_module
 from wanjax.weights.load import parameters
 from wanjax.weights.tensors import copy
-
-
-def fsdp(mesh):
-    """Shards the first axis that can be, but never the layers."""
-
-    def choose(path, leaf):
-        first = leaf.ndim - len(leaf.get_metadata().get("axes", ())) if path[0] == "blocks" else 0
-        axes = [None] * leaf.ndim
-        for axis in range(first, leaf.ndim):
-            if leaf.shape[axis] % mesh.shape["fsdp"] == 0:
-                axes[axis] = "fsdp"
-                break
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return choose
 
 
 @pytest.mark.parametrize(("layout", "network"), [("diffusers", "dit"), ("official", "clip")])

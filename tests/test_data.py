@@ -8,47 +8,37 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny import TRAIN, on, write_config
 
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig
+from sharding.mesh import MeshShape
+from wanjax.config import CachedData, ShapesData, TaskMix
 from wanjax.data.batch import Batches, make_batch
 from wanjax.data.samples import draw_given, dropped
 from wanjax.errors import InputError
 from wanjax.training import checks, latent_cache
 from wanjax.training.data import open_data
 
-FAST = {"xla_backend_optimization_level": 0}
 CLIPS = ShapesData("all", first_seed=0, count=6)
 TASKS = TaskMix(i2v=1.0, flf2v=1.0, interpolation=1.0, caption_dropout=0.3, image_dropout=0.2, variants=2)
-CONFIG = TrainConfig(
-    workdir="unused",
-    checkpoint="tests/golden/diffusers",
-    data=CLIPS,
-    tasks=TASKS,
-    frames=5,
-    height=32,
-    width=32,
-    batch=4,
-    dtype="float32",
-)
+CONFIG = dataclasses.replace(TRAIN, checkpoint="tests/golden/diffusers", data=CLIPS, tasks=TASKS)
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2), jax.devices()[:2])) as mesh:
+    with on(MeshShape(fsdp=2)) as mesh:
         yield mesh
 
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory):
     """Configuration of a run on the cache of `CONFIG`'s clips, which was written in two parts."""
-    folder, file = tmp_path_factory.mktemp("cache"), tmp_path_factory.mktemp("config") / "config.py"
+    folder = tmp_path_factory.mktemp("cache")
     config = dataclasses.replace(CONFIG, data=CachedData(str(folder / "clips"), CLIPS))
-    file.write_text(f"from wanjax.config import *\ndef get_config():\n    return {config!r}\n")
+    file = write_config(tmp_path_factory.mktemp("config") / "config.py", config)
     old, latent_cache.CLIPS_PER_FILE = latent_cache.CLIPS_PER_FILE, 4
     for process in (1, 0):
         share = ["--processes", "2", "--process-id", str(process)]
-        latent_cache.main(["--config", str(file), "--out", str(folder / "clips"), "--batch", "3", *share])
+        latent_cache.main(["--config", file, "--out", str(folder / "clips"), "--batch", "3", *share])
         assert (folder / "clips/index.json").exists() == (process == 0)
     latent_cache.CLIPS_PER_FILE = old
     return config

@@ -1,6 +1,7 @@
 """Two processes of four devices each: the same losses as one of eight, to the bit again after one was killed."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -9,25 +10,18 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import DIT, ROOT, TRAIN, write_config
 
 from sharding.distributed import Processes, initialize, read_processes
 from wanjax.errors import InputError
 
-ROOT = Path(__file__).parent.parent
 STEPS = 9
 PATIENCE = 1200  # seconds: a machine may have much else to do
-CONFIG = """
-from wanjax.config import DiTConfig, TrainConfig
-
-def get_config():
-    dit = DiTConfig(dim=32, ffn_dim=48, num_heads=4, num_layers=1, freq_dim=16, text_dim=16, text_len=8, image_dim=None,
-                    image_positions=0, in_channels=16)
-    return TrainConfig(dit=dit, height=32, width=48, frames=9, batch=2, warmup=5, save_every=3, dtype="float32")
-"""
+T2V = dataclasses.replace(DIT, num_layers=1, in_channels=16, image_dim=None, image_positions=0)
+CONFIG = dataclasses.replace(TRAIN, dit=T2V, width=48, frames=9, batch=2, warmup=5, save_every=3)
 
 
 def free_port():
@@ -41,8 +35,7 @@ class Runs:
 
     def __init__(self, cache):
         self.cache = cache
-        self.config = cache / "config.py"
-        self.config.write_text(CONFIG)
+        self.config = write_config(cache / "config.py", CONFIG)
         self.started = []
 
     def start(self, workdir, steps, processes):
@@ -53,7 +46,7 @@ class Runs:
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        command = [sys.executable, "train_jax.py", "--config", str(self.config), "--workdir", str(workdir)]
+        command = [sys.executable, "train_jax.py", "--config", self.config, "--workdir", str(workdir)]
         command += ["--mesh", "fsdp=2,ring=2,ulysses=2", "--steps", str(steps)]
         if processes > 1:
             command += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process-id"]

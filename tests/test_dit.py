@@ -1,79 +1,51 @@
 """The DiT against the reference implementations, and its own invariants."""
 
 import contextlib
-import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import (
+    GOLDEN,
+    assert_close,
+    channels_last,
+    diffusers_inputs,
+    golden,
+    golden_arrays,
+    official_inputs,
+    on,
+    pad_text,
+    velocity,
+)
 
-from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import DiTConfig
 from wanjax.models.dit import DiT, timestep_features, unpatchify
 from wanjax.models.rope import axis_dims, make_rotation, rotate
 from wanjax.weights import Checkpoint
 
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def channels_last(x):
-    return np.moveaxis(x, 1, -1)
-
-
-def pad_text(x, length=512):
-    return np.pad(x[:length], ((0, max(0, length - len(x))), (0, 0)))[None]
-
-
-@functools.cache
-def load(layout):
-    checkpoint = Checkpoint(GOLDEN / layout)
-    return checkpoint.load("dit", checkpoint.config("dit")), np.load(GOLDEN / layout / "expected.npz")
-
-
-def close(ours, reference):
-    assert np.abs(np.asarray(ours) - reference).max() <= 1e-4 * max(1, np.abs(reference).max())
-
-
-def diffusers_inputs(expected):
-    latents = np.concatenate([expected["init_noise"], expected["condition"]], axis=1)
-    clip = expected["clip_features"]
-    return channels_last(latents), expected["prompt_embeds"], clip.reshape(1, -1, clip.shape[-1])
-
-
-def official_inputs(expected, text="prompt_context"):
-    latents = np.concatenate([expected["init_noise"], expected["y"]], axis=0)[None]
-    clip = expected["clip_features"]
-    return channels_last(latents), pad_text(expected[text]), clip.reshape(1, -1, clip.shape[-1])
-
-
-@jax.jit
-def velocity(dit, latents, timestep, text, image):
-    return dit(latents, timestep, dit.context(text, image))
-
 
 def test_velocity_equals_diffusers():
-    dit, expected = load("diffusers")
-    latents, text, image = diffusers_inputs(expected)
+    dit, expected = golden("diffusers", "dit"), golden_arrays("diffusers")
+    latents, text, image = diffusers_inputs()
     timestep = np.atleast_1d(expected["dit_timestep"]).astype(np.float32)
-    close(velocity(dit, latents, timestep, text, image), channels_last(expected["dit_velocity"]))
+    assert_close(velocity(dit, latents, timestep, text, image), channels_last(expected["dit_velocity"]))
 
 
 @pytest.mark.parametrize(
     ("text", "name"), [("prompt_context", "dit_velocity"), ("negative_context", "dit_velocity_negative")]
 )
 def test_velocity_equals_official(text, name):
-    dit, expected = load("official")
-    latents, text, image = official_inputs(expected, text)
+    dit, expected = golden("official", "dit"), golden_arrays("official")
+    latents, text, image = official_inputs(text)
     timestep = expected["dit_t"].astype(np.float32)
-    close(velocity(dit, latents, timestep, text, image), channels_last(expected[name][None]))
+    assert_close(velocity(dit, latents, timestep, text, image), channels_last(expected[name][None]))
 
 
 def test_steps_do_not_need_the_weights_of_the_context():
-    dit, expected = load("official")
-    latents, text, image = official_inputs(expected)
+    dit, expected = golden("official", "dit"), golden_arrays("official")
+    latents, text, image = official_inputs()
     context = dit.context(text, image)
     timestep = expected["dit_t"].astype(np.float32)
     smaller = dit.without_context()
@@ -83,19 +55,19 @@ def test_steps_do_not_need_the_weights_of_the_context():
 
 
 def test_guidance_batch_equals_two_calls():
-    dit, expected = load("official")
-    latents, text, image = official_inputs(expected)
+    dit, expected = golden("official", "dit"), golden_arrays("official")
+    latents, text, image = official_inputs()
     negative = pad_text(expected["negative_context"])
     twice = [np.concatenate([x, x]) for x in (latents, image)]
     timestep = np.full(2, expected["dit_t"][0], np.float32)
     out = velocity(dit, twice[0], timestep, np.concatenate([text, negative]), twice[1])
-    close(out[:1], channels_last(expected["dit_velocity"][None]))
-    close(out[1:], channels_last(expected["dit_velocity_negative"][None]))
+    assert_close(out[:1], channels_last(expected["dit_velocity"][None]))
+    assert_close(out[1:], channels_last(expected["dit_velocity_negative"][None]))
 
 
 def test_zero_rows_behind_the_prompt_are_attended_to():
-    dit, expected = load("official")
-    latents, text, image = official_inputs(expected)
+    dit, expected = golden("official", "dit"), golden_arrays("official")
+    latents, text, image = official_inputs()
     timestep = expected["dit_t"].astype(np.float32)
     cut = velocity(dit, latents, timestep, text[:, : len(expected["prompt_context"])], image)
     assert np.abs(np.asarray(cut) - channels_last(expected["dit_velocity"][None])).max() > 0.1
@@ -104,8 +76,8 @@ def test_zero_rows_behind_the_prompt_are_attended_to():
 def test_bfloat16_is_close_and_its_output_float32():
     checkpoint = Checkpoint(GOLDEN / "official")
     dit = checkpoint.load("dit", checkpoint.config("dit", dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
-    expected = np.load(GOLDEN / "official/expected.npz")
-    latents, text, image = official_inputs(expected)
+    expected = golden_arrays("official")
+    latents, text, image = official_inputs()
     out = velocity(dit, latents, expected["dit_t"].astype(np.float32), text, image)
     reference = channels_last(expected["dit_velocity"][None])
     assert out.dtype == jnp.float32
@@ -150,7 +122,7 @@ def test_unpatchify_puts_patches_where_they_came_from():
 
 
 def test_published_sizes():
-    """Parameters of diffusers' WanTransformer3DModel of the same configuration on the meta device (test_live.py)."""
+    """Parameters of diffusers' WanTransformer3DModel of this configuration (test_parameter_counts)."""
     small = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "in_channels": 16}
     t2v = DiTConfig(**small, image_dim=None, image_positions=0)
     for config, count in ((DiTConfig(), 16_395_536_704), (t2v, 1_418_996_800)):
@@ -162,8 +134,8 @@ def test_published_sizes():
 @pytest.mark.parametrize("mesh", [False, True])
 def test_long_samples_are_computed_one_after_the_other(monkeypatch, mesh):
     """Guidance's two branches, on one device: the same numbers as together, in a loop inside of that over blocks."""
-    dit, expected = load("diffusers")
-    latents, text, image = (np.repeat(x, 2, axis=0) for x in diffusers_inputs(expected))
+    dit = golden("diffusers", "dit")
+    latents, text, image = (np.repeat(x, 2, axis=0) for x in diffusers_inputs())
     text[1] *= 0.5
     timestep = np.float32([900, 300])
 
@@ -171,18 +143,18 @@ def test_long_samples_are_computed_one_after_the_other(monkeypatch, mesh):
         monkeypatch.setattr("wanjax.models.dit.BUSY", busy)
         return jax.jit(lambda *args: dit(*args)).lower(latents, timestep, context)
 
-    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])) if mesh else contextlib.nullcontext():
+    with on() if mesh else contextlib.nullcontext():
         context = dit.context(text, image)
         together, apart = lowered(4096), lowered(1)
         results = [f.compile()(latents, timestep, context) for f in (apart, together)]
-    close(*results)
+    assert_close(*results)
     assert apart.as_text().count("stablehlo.while") == together.as_text().count("stablehlo.while") + 1
 
 
 @pytest.mark.parametrize("remat", ["none", "attention"])
 def test_their_gradients_are_the_same(monkeypatch, remat):
-    dit, expected = load("diffusers")
-    latents, text, image = (np.repeat(x, 2, axis=0) for x in diffusers_inputs(expected))
+    dit = golden("diffusers", "dit")
+    latents, text, image = (np.repeat(x, 2, axis=0) for x in diffusers_inputs())
     context = dit.context(text, image)
     gradients = []
     for busy in (1, 4096):
@@ -190,4 +162,4 @@ def test_their_gradients_are_the_same(monkeypatch, remat):
         loss = jax.jit(jax.grad(lambda dit: jnp.sum(dit(latents, np.float32([900, 300]), context, remat) ** 2)))
         gradients.append(jax.tree.leaves(loss(dit)))
     for ours, reference in zip(*gradients, strict=True):
-        close(ours, np.asarray(reference))
+        assert_close(ours, np.asarray(reference))

@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import DIT, TRAIN, on
 
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import DiTConfig, TrainConfig
+from sharding.mesh import MeshShape
 from wanjax.data.batch import make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.diffusion import flow
@@ -18,22 +17,7 @@ from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import abstract_state
 from wanjax.training.step import gradients, make_step
 
-DIT = DiTConfig(
-    dim=64,
-    ffn_dim=96,
-    num_heads=8,
-    num_layers=2,
-    freq_dim=16,
-    text_dim=16,
-    text_len=8,
-    image_dim=16,
-    image_positions=6,
-)
-CONFIG = TrainConfig(
-    workdir="unused", dit=DIT, height=32, width=64, frames=9, batch=8, warmup=0, remat="none", dtype="float32"
-)
-# XLA:CPU compiles a training step for half a minute to run it for milliseconds.
-FAST = {"xla_backend_optimization_level": 0}
+CONFIG = dataclasses.replace(TRAIN, dit=DIT, width=64, frames=9, batch=8, remat="none")
 UNEVEN = dataclasses.replace(CONFIG, height=48, width=80)  # 45 tokens
 SPLIT = MeshShape(fsdp=2, ring=2, ulysses=2)
 MESHES = [
@@ -58,11 +42,6 @@ MESHES = [
     (SPLIT, dataclasses.replace(UNEVEN, remat="dots")),
     (SPLIT, dataclasses.replace(UNEVEN, remat="offload")),
 ]
-
-
-def on(shape):
-    """The mesh, on as many of the fake devices as it needs."""
-    return jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape)]))
 
 
 def random_state(config, dit=DIT):
@@ -94,7 +73,7 @@ def results(config, shape):
             velocity = state.model(x, flow.timestep(noised.sigma), state.model.context(batch.text, batch.image))
             return *gradients(config, objective, state.model, noised), velocity
 
-        loss, grads, velocity = jax.jit(run, compiler_options=FAST)(state, batch)
+        loss, grads, velocity = jax.jit(run)(state, batch)
         for g, x in zip(jax.tree.leaves(grads), jax.tree.leaves(state.model), strict=True):
             assert g.dtype == jnp.float32
             assert g.sharding == x.sharding

@@ -1,17 +1,16 @@
 """From picture files to pixels: the official conventions, those of diffusers, and bad files."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from tiny import OFFICIAL, golden_arrays
 
 from wanjax.conditioning import images
 from wanjax.errors import InputError
 
-GOLDEN = Path(__file__).parent / "golden/official"
-EXPECTED = np.load(GOLDEN / "expected.npz")
+EXPECTED = golden_arrays("official")
 
 
 def picture(width, height, seed=0):
@@ -19,7 +18,7 @@ def picture(width, height, seed=0):
 
 
 def golden(name):
-    return images.read_image(GOLDEN / f"{name}.png")
+    return images.read_image(OFFICIAL / f"{name}.png")
 
 
 def same(ours, reference, tolerance=1e-5):

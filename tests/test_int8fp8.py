@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from test_dit import load, official_inputs, velocity
+from tiny import golden, golden_arrays, official_inputs, on, relative_error, velocity
 
 from sharding import sequence_attention
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.ops.attention import kernel, reference_forward
@@ -36,10 +36,6 @@ def random(lq, lk, d, outliers=False, heads=2):
 def cosine(got, expected):
     got, expected = (np.asarray(x, np.float64).ravel() for x in (got, expected))
     return got @ expected / np.linalg.norm(got) / np.linalg.norm(expected)
-
-
-def distance(got, expected):
-    return np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("outliers", [False, True])
@@ -134,7 +130,7 @@ def test_inside_ring_and_ulysses():
     k = k + np.linspace(-3, 3, length, dtype=np.float32)[:, None, None]
     whole, short = exact(*(x.swapaxes(1, 2) for x in (q, k, v)), None, jnp.float32)[0].swapaxes(1, 2), []
     for shape in (MeshShape(), MeshShape(ring=2, ulysses=2)):
-        with jax.set_mesh(make_mesh(shape, jax.devices()[: shape.sequence])):
+        with on(shape):
             sharding = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(None, ("ring", "ulysses")))
             inputs = [jax.device_put(np.pad(x, ((0, 0), (0, 2), (0, 0), (0, 0))), sharding) for x in (q, k, v)]
             out = jax.jit(partial(sequence_attention, length=length, choice="int8fp8"))(*inputs)
@@ -148,15 +144,15 @@ def test_the_gradient_is_refused(mesh):
     x = jnp.ones((1, 8, 2, 16))
     shape = MeshShape(ring=2 if mesh else 1)
     with (
-        jax.set_mesh(make_mesh(shape, jax.devices()[: shape.sequence])),
+        on(shape),
         pytest.raises(InputError, match=r"attention int8fp8 has no gradient; .* train with attention auto"),
     ):
         jax.jit(jax.grad(lambda x: sequence_attention(x, x, x, 8, "int8fp8").sum()))(x)
 
 
 def test_the_network_passes_the_choice_on():
-    dit, expected = load("official")
-    latents, text, image = official_inputs(expected)
+    dit, expected = golden("official", "dit"), golden_arrays("official")
+    latents, text, image = official_inputs()
     timestep = expected["dit_t"].astype(np.float32)
 
     def run(choice):
@@ -169,7 +165,7 @@ def test_the_network_passes_the_choice_on():
 
     plain = np.asarray(velocity(dit, latents, timestep, text, image))
     np.testing.assert_array_equal(run("reference"), plain)
-    assert 0 < distance(run("int8fp8"), plain) < 0.01
+    assert 0 < relative_error(run("int8fp8"), plain) < 0.01
 
 
 def test_the_platform_and_the_choice_name_the_kernel():

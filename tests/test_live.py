@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from test_parameter_counts import COUNTS, count
+from tiny import assert_close
 
 from wanjax.config import SampleConfig
 from wanjax.sampling.pipeline import Pipeline
@@ -28,15 +28,6 @@ def load_both(reference, folder, network, tmp_path, **save):
     reference.eval().save_pretrained(tmp_path / folder, **save)
     checkpoint = Checkpoint(tmp_path)
     return checkpoint.load(network, checkpoint.config(network))
-
-
-def close(ours, reference):
-    ours, reference = np.asarray(ours), np.asarray(reference)
-    assert ours.shape == reference.shape
-    assert np.isfinite(reference).all()
-    difference = np.abs(ours - reference).max()
-    print(f"max difference {difference:.1e}, largest value {np.abs(reference).max():.1e}")
-    assert difference <= 1e-4 * max(1, np.abs(reference).max())
 
 
 def last(x):
@@ -78,7 +69,7 @@ def test_dit(name, tmp_path):
         arrays = [None if x is None else torch.from_numpy(x) for x in (latents, timestep, text, pairs)]
         velocity = reference(*arrays).sample.numpy()
     ours = jax.jit(lambda m, x, t, text, clip: m(x, t, m.context(text, clip)))
-    close(ours(dit, last(latents), timestep, text, clip), last(velocity))
+    assert_close(ours(dit, last(latents), timestep, text, clip), last(velocity))
 
 
 @pytest.mark.parametrize(
@@ -103,8 +94,8 @@ def test_vae(sizes, shape, tmp_path):
         latents = reference.encode(torch.from_numpy(video)).latent_dist.mode()
         decoded = reference.decode(latents).sample.numpy()
     normalised = (last(latents.numpy()) - mean) / std
-    close(jax.jit(lambda m, x: m.encode(x))(vae, last(video)), normalised)
-    close(jax.jit(lambda m, x: m.decode(x))(vae, normalised), last(decoded))
+    assert_close(jax.jit(lambda m, x: m.encode(x))(vae, last(video)), normalised)
+    assert_close(jax.jit(lambda m, x: m.decode(x))(vae, normalised), last(decoded))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +120,7 @@ def test_umt5(sizes, length, tmp_path):
         features = reference(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
     ours = np.asarray(jax.jit(lambda m, ids, mask: m(ids, mask))(encoder, ids, mask))
     for row, real in enumerate(lengths):
-        close(ours[row, :real], features[row, :real])
+        assert_close(ours[row, :real], features[row, :real])
 
 
 @pytest.mark.parametrize(("heads", "width", "layers", "patch", "batch"), [(3, 36, 4, 8, 1), (8, 32, 2, 14, 3)])
@@ -146,7 +137,7 @@ def test_clip(heads, width, layers, patch, batch, tmp_path):
     pixels = normal(7, batch, 3, 5 * patch, 5 * patch)
     with torch.no_grad():
         features = reference(torch.from_numpy(pixels), output_hidden_states=True).hidden_states[-2].numpy()
-    close(jax.jit(lambda m, x: m(x))(clip, last(pixels)), features)
+    assert_close(jax.jit(lambda m, x: m(x))(clip, last(pixels)), features)
 
 
 def random_pipeline(task, folder):
@@ -203,38 +194,4 @@ def test_pipeline(task, tmp_path):
         checkpoint=str(tmp_path), conventions="diffusers", dtype="float32", initial_noise=str(tmp_path / "noise.npy"),
         first_frame=files.get("first"), last_frame=files.get("last"), **case,
     )  # fmt: skip
-    close(Pipeline(config)().latents, last(reference))
-
-
-def reference_model(name):
-    """The published network, without weights."""
-    import diffusers
-    import torch
-    import transformers
-
-    size_14b = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
-    image = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
-    dit = diffusers.WanTransformer3DModel
-    xxl = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24}
-    clip_h = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-    with torch.device("meta"):
-        return {
-            "flf2v-14B": lambda: dit(**size_14b, **image, pos_embed_seq_len=514),
-            "i2v-14B": lambda: dit(**size_14b, **image),
-            "t2v-14B": lambda: dit(**size_14b, in_channels=16),
-            "t2v-1.3B": lambda: dit(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
-            "VAE": diffusers.AutoencoderKLWan,
-            "umT5-XXL": lambda: transformers.UMT5EncoderModel(
-                transformers.UMT5Config(vocab_size=256384, feed_forward_proj="gated-gelu", **xxl)
-            ),
-            "CLIP ViT-H": lambda: transformers.CLIPVisionModel(
-                transformers.CLIPVisionConfig(image_size=224, patch_size=14, hidden_act="gelu", **clip_h)
-            ),
-        }[name]()
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts_are_the_references(name):
-    build, constant = COUNTS[name]
-    reference = sum(parameter.numel() for parameter in reference_model(name).parameters())
-    assert count(build) == reference == constant
+    assert_close(Pipeline(config)().latents, last(reference))

@@ -7,14 +7,13 @@ import signal
 import types
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
+from tiny import on
 
-from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
 from wanjax.training import loop
@@ -67,7 +66,7 @@ class Guessing:
 
 @pytest.fixture
 def mesh():
-    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])) as mesh:
+    with on() as mesh:
         yield mesh
 
 

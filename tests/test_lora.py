@@ -9,9 +9,23 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from test_convert import GOLDEN, assert_same_model, values
-from test_dit import close, diffusers_inputs, load, official_inputs, velocity
-from test_lora_files import (
+from tiny import (
+    DIFFUSERS,
+    OFFICIAL,
+    assert_close,
+    assert_same_model,
+    diffusers_inputs,
+    flags,
+    golden,
+    golden_arrays,
+    official_inputs,
+    official_velocity,
+    on,
+    refused,
+    values,
+    velocity,
+)
+from tiny_adapters import (
     BLOCKS,
     CHECKPOINT,
     CONFIG,
@@ -22,13 +36,11 @@ from test_lora_files import (
     load_files,
     official,
     sizes,
-    step,
     write,
 )
-from test_sample import DIFFUSERS, OFFICIAL, flags, refused
 
 import sample_jax
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from sharding.rules import parameter_sharding, shard_parameters
 from wanjax.config import DiTConfig, LoRAConfig
 from wanjax.errors import InputError
@@ -42,7 +54,7 @@ from wanjax.weights.quantize import quantize
 def attached(rank=4, alpha=None, targets=BLOCKS, dit=None, zero=False):
     """An adapted golden network whose `b` are not zero."""
     config = LoRAConfig(rank=rank, alpha=alpha, targets=targets)
-    dit = lora.attach(load("official")[0] if dit is None else dit, config, nnx.Rngs(0))
+    dit = lora.attach(golden("official", "dit") if dit is None else dit, config, nnx.Rngs(0))
     for i, layer in enumerate(x for x in lora.linear_layers(dit).values() if x.lora is not None and not zero):
         noise = 0.1 * jax.random.normal(jax.random.key(i), layer.lora.b.shape)
         layer.lora.b = layer.lora.b.replace(noise)
@@ -53,9 +65,9 @@ def attached(rank=4, alpha=None, targets=BLOCKS, dit=None, zero=False):
 
 
 def test_nothing_changes_at_first():
-    dit = load("official")[0]
+    dit = golden("official", "dit")
     adapted = attached(zero=True)
-    np.testing.assert_array_equal(step(adapted), step(dit))
+    np.testing.assert_array_equal(official_velocity(adapted), official_velocity(dit))
     assert all(layer.lora is None for layer in lora.linear_layers(dit).values())
     trained, frozen = lora.split(adapted)
     assert_same_model(lora.join(trained, frozen), adapted)
@@ -70,13 +82,13 @@ def test_merged_equals_unmerged():
     adapted = attached(alpha=6.0, targets=(*BLOCKS, *others))
     merged = lora.merge(adapted)
     assert all(layer.lora is None for layer in lora.linear_layers(merged).values())
-    assert values(merged).keys() == values(load("official")[0]).keys()
-    ours, base = step(adapted), step(load("official")[0])
+    assert values(merged).keys() == values(golden("official", "dit")).keys()
+    ours, base = official_velocity(adapted), official_velocity(golden("official", "dit"))
     assert np.abs(ours - base).max() > 0.1
-    assert np.abs(step(merged) - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
+    assert np.abs(official_velocity(merged) - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
     smaller = adapted.without_context()
-    latents, text, image = official_inputs(load("official")[1])
-    timestep = load("official")[1]["dit_t"].astype(np.float32)
+    latents, text, image = official_inputs()
+    timestep = golden_arrays("official")["dit_t"].astype(np.float32)
     context = jax.jit(lambda m: m.context(text, image))(adapted)
     np.testing.assert_array_equal(jax.jit(lambda m, c: m(latents, timestep, c))(smaller, context), ours)
 
@@ -105,14 +117,14 @@ def test_targets(targets, paths):
 )
 def test_bad_configs(config, words):
     with pytest.raises(InputError) as caught:
-        lora.attach(load("official")[0], config, nnx.Rngs(0))
+        lora.attach(golden("official", "dit"), config, nnx.Rngs(0))
     assert all(word in str(caught.value) for word in words)
 
 
 @pytest.mark.parametrize("layers", [None, (1, 2)])
 def test_beside_quantised_weights(layers, tmp_path):
     """The adapter is exact; the product beside it is as the quantised network's."""
-    base = quantize(load("official")[0], "int8", layers)
+    base = quantize(golden("official", "dit"), "int8", layers)
     adapted = attached(dit=base, targets=("ffn.fc_in",))
     x = jax.random.normal(jax.random.key(9), (5, CONFIG.dim))
     first = jax.tree.map(lambda x: x[0], adapted.stacks[-1].ffn.fc_in)
@@ -131,7 +143,7 @@ def test_round_trip(sizes, tmp_path):
     lora.save(tmp_path / "a.safetensors", adapted)
     again = load_files(str(tmp_path / "a.safetensors"), merged=False)
     assert_same_model(again, adapted)
-    np.testing.assert_array_equal(step(again), step(adapted))
+    np.testing.assert_array_equal(official_velocity(again), official_velocity(adapted))
     lora.save(tmp_path / "b.safetensors", again)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
@@ -141,7 +153,7 @@ def test_round_trip(sizes, tmp_path):
     assert settings["transformer.r"] == sizes["rank"]
     assert settings["transformer.lora_alpha"] == sizes.get("alpha", sizes["rank"])
     with pytest.raises(InputError, match="no adapters to write"):
-        lora.save(tmp_path / "c.safetensors", load("official")[0])
+        lora.save(tmp_path / "c.safetensors", golden("official", "dit"))
     with pytest.raises(InputError, match="cannot be written"):
         lora.save(tmp_path / "a.safetensors/c.safetensors", adapted)
 
@@ -153,7 +165,7 @@ def test_merged_before_weights_are_quantised(tmp_path):
 
 
 def test_a_checkpoint_in_8_bits(tmp_path):
-    save(tmp_path / "c", "official", {"dit": quantize(load("official")[0], "int8")}, base=CHECKPOINT, pth=False)
+    save(tmp_path / "c", "official", {"dit": quantize(golden("official", "dit"), "int8")}, base=CHECKPOINT, pth=False)
     path = write(tmp_path / "a.safetensors", official(factors()))
     argv = flags(OFFICIAL, checkpoint=tmp_path / "c", lora=path)
     networks = Pipeline(sample_jax.parse(argv)).networks
@@ -199,22 +211,22 @@ def test_on_a_mesh(merged, tmp_path):
     extra = {f"{key}.diff": np.ones((128, 36, 1, 2, 2), np.float32), f"{key}.diff_b": np.ones(128, np.float32)}
     path = write(tmp_path / "a.safetensors", official(pairs) | extra)
     alone = load_files(path, merged=merged)
-    expected, bare = step(alone), step(load("official")[0])
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, ring=2, ulysses=2))):
+    expected, bare = official_velocity(alone), official_velocity(golden("official", "dit"))
+    with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
         placed = load_files(path, merged=merged, sharding=parameter_sharding)
         layer = placed.blocks.ffn.fc_in
         parameter = layer.kernel if merged else layer.lora.a
         assert len({str(shard.index) for shard in parameter[...].addressable_shards}) == 8
         for x, y in zip(values(placed).values(), values(alone).values(), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
-        assert np.abs(step(placed) - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
+        assert np.abs(official_velocity(placed) - expected).max() <= 1e-4 * max(1, np.abs(expected).max())
         if not merged:
             lora.save(tmp_path / "b.safetensors", placed)
             merged_there = values(lora.merge(placed))
             again = lora.attach(CHECKPOINT.load("dit", CONFIG, parameter_sharding), LoRAConfig(rank=2), nnx.Rngs(0))
             again = shard_parameters(again)
             assert len({str(shard.index) for shard in again.blocks.ffn.fc_in.lora.a[...].addressable_shards}) == 8
-            assert np.abs(step(again) - bare).max() <= 1e-4 * max(1, np.abs(bare).max())
+            assert np.abs(official_velocity(again) - bare).max() <= 1e-4 * max(1, np.abs(bare).max())
     if not merged:
         lora.save(tmp_path / "c.safetensors", alone)
         assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
@@ -238,7 +250,7 @@ def reference():
     import torch
 
     transformer = diffusers.WanTransformer3DModel.from_pretrained(DIFFUSERS / "transformer").eval()
-    expected = np.load(GOLDEN / "diffusers/expected.npz")
+    expected = golden_arrays("diffusers")
     latents = np.concatenate([expected["init_noise"], expected["condition"]], axis=1)
     names = ("dit_timestep", "prompt_embeds", "clip_features")
     inputs = [torch.from_numpy(x) for x in (latents, *(np.atleast_1d(expected[name]) for name in names))]
@@ -247,7 +259,7 @@ def reference():
         with torch.no_grad():
             return np.moveaxis(transformer(*inputs).sample.numpy(), 1, -1)
 
-    latents, text, image = diffusers_inputs(expected)
+    latents, text, image = diffusers_inputs()
     timestep = np.atleast_1d(expected["dit_timestep"]).astype(np.float32)
     return transformer, run, lambda dit: velocity(dit, latents, timestep, text, image)
 
@@ -257,15 +269,15 @@ def test_diffusers_reads_ours(tmp_path):
     from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 
     targets = (*BLOCKS, "text_embedding", "time_projection", "image_embedding", "head")
-    adapted = attached(dit=load("diffusers")[0], rank=3, alpha=7.0, targets=targets)
+    adapted = attached(dit=golden("diffusers", "dit"), rank=3, alpha=7.0, targets=targets)
     lora.save(tmp_path / "pytorch_lora_weights.safetensors", adapted)
     transformer, run, ours = reference()
     before = run()
     state, metadata = WanLoraLoaderMixin.lora_state_dict(str(tmp_path), return_lora_metadata=True)
     WanLoraLoaderMixin.load_lora_into_transformer(state, transformer, metadata=metadata)
     assert np.abs(run() - before).max() > 0.1
-    close(ours(adapted), run())
-    close(ours(lora.merge(adapted)), run())
+    assert_close(ours(adapted), run())
+    assert_close(ours(lora.merge(adapted)), run())
 
 
 @pytest.mark.live
@@ -289,7 +301,7 @@ def test_ours_reads_diffusers(tmp_path):
     checkpoint = Checkpoint(DIFFUSERS)
     files = (LoRAFile(tmp_path),)
     for merged in (True, False):
-        close(ours(lora.load(checkpoint, checkpoint.config("dit"), files, merged)), run())
+        assert_close(ours(lora.load(checkpoint, checkpoint.config("dit"), files, merged)), run())
 
 
 @pytest.mark.live
@@ -314,4 +326,4 @@ def test_ours_and_diffusers_read_the_same(spelling, tmp_path):
     )
     transformer, run, ours = reference()
     WanLoraLoaderMixin.load_lora_into_transformer(WanLoraLoaderMixin.lora_state_dict(path), transformer)
-    close(ours(lora.load(checkpoint, c, lora.parse([path]), merged=True)), run())
+    assert_close(ours(lora.load(checkpoint, c, lora.parse([path]), merged=True)), run())

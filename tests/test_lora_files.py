@@ -1,7 +1,6 @@
 """Files of adapters: every spelling, all that they may hold, and every refusal."""
 
 import dataclasses
-import itertools
 import json
 import subprocess
 import sys
@@ -10,113 +9,22 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
-from test_convert import values
-from test_dit import load, official_inputs, velocity
-from test_sample import OFFICIAL, flags, refused
+from tiny import OFFICIAL, flags, golden, official_velocity, refused, values
+from tiny_adapters import CONFIG, NAMES, OURS, SPELLINGS, assert_close_to, factors, load_files, official, write
 
 import sample_jax
-from wanjax.config import LoRAConfig
-from wanjax.weights import Checkpoint, lora
+from wanjax.weights import lora
 from wanjax.weights.lora_files import METADATA
-
-CHECKPOINT = Checkpoint(OFFICIAL)
-CONFIG = CHECKPOINT.config("dit")
-BLOCKS = LoRAConfig().targets
-LINEAR = {"self_attn": ("q", "k", "v", "o"), "cross_attn": ("q", "k", "v", "o", "k_img", "v_img"), "ffn": ("0", "2")}
-NAMES = [f"{part}.{name}" for part, names in LINEAR.items() for name in names]
-OURS = dict(zip(NAMES, (
-    "self_attention.q", "self_attention.k", "self_attention.v", "self_attention.o", "cross_attention.q",
-    "cross_attention.k", "cross_attention.v", "cross_attention.o", "cross_attention.k_image",
-    "cross_attention.v_image", "ffn.fc_in", "ffn.fc_out",
-), strict=True))  # fmt: skip
-THEIRS = dict(zip(NAMES, (
-    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
-    "attn2.to_out.0", "attn2.add_k_proj", "attn2.add_v_proj", "ffn.net.0.proj", "ffn.net.2",
-), strict=True))  # fmt: skip
-
-
-def step(dit):
-    """The golden step of the official checkpoint."""
-    expected = load("official")[1]
-    latents, text, image = official_inputs(expected)
-    return np.asarray(velocity(dit, latents, expected["dit_t"].astype(np.float32), text, image))
-
-
-def sizes(name):
-    c = CONFIG
-    return {"ffn.0": (c.dim, c.ffn_dim), "ffn.2": (c.ffn_dim, c.dim)}.get(name, (c.dim, c.dim))
-
-
-def factors(seed=0, rank=4, names=NAMES, dtype=np.float32):
-    """`a` [r, in] and `b` [out, r] of every layer of every block, by its official name."""
-    rng = np.random.default_rng(seed)
-    pairs = {}
-    for i, name in itertools.product(range(CONFIG.num_layers), names):
-        fan_in, fan_out = sizes(name)
-        a, b = rng.standard_normal((rank, fan_in)) / fan_in**0.5, 0.1 * rng.standard_normal((fan_out, rank))
-        pairs[f"blocks.{i}.{name}"] = a.astype(dtype), b.astype(dtype)
-    return pairs
-
-
-def write(path, tensors, metadata=None):
-    safetensors.numpy.save_file(tensors, path, metadata)
-    return str(path)
-
-
-def official(pairs, a="lora_A", b="lora_B", prefix="diffusion_model."):
-    return {
-        f"{prefix}{name}.{factor}.weight": x for name, (down, up) in pairs.items() for factor, x in ((a, down), (b, up))
-    }
 
 
 def merged_by_hand(*files):
     """The golden network's parameters with `(pairs, scale)` added, in float64."""
-    out = {path: x.astype(np.float64) for path, x in values(load("official")[0]).items()}
+    out = {path: x.astype(np.float64) for path, x in values(golden("official", "dit")).items()}
     for pairs, scale in files:
         for name, (a, b) in pairs.items():
             _, i, rest = name.split(".", 2)
             out[f"blocks.{OURS[rest]}.kernel"][int(i)] += scale * (b.astype(np.float64) @ a.astype(np.float64)).T
     return out
-
-
-def assert_close_to(dit, wanted, atol=2e-6):
-    got = values(dit)
-    assert got.keys() == wanted.keys()
-    for path, x in wanted.items():
-        np.testing.assert_allclose(got[path], x, atol=atol, err_msg=path)
-
-
-def load_files(*arguments, merged=True, config=CONFIG, sharding=None):
-    return lora.load(CHECKPOINT, config, lora.parse(arguments), merged, sharding)
-
-
-SPELLINGS = {
-    "comfyui": lambda pairs: official(pairs),
-    "lightx2v": lambda pairs: (
-        official(pairs, "lora_down", "lora_up")
-        | {f"diffusion_model.{name}.alpha": np.array(8, ml_dtypes.bfloat16) for name in pairs}
-    ),
-    "diffsynth": lambda pairs: official(pairs, "lora_A.default", "lora_B.default", prefix=""),
-    "unianimate": lambda pairs: official(pairs, "lora_A.default", "lora_B.default", prefix="pipe.dit."),
-    "peft": lambda pairs: official(pairs, prefix="base_model.model."),
-    "kohya": lambda pairs: {
-        f"lora_unet_{name.replace('.', '_')}.{part}": x
-        for name, (a, b) in pairs.items()
-        for part, x in (("lora_down.weight", a), ("lora_up.weight", b), ("alpha", np.array(8, np.float16)))
-    },
-    "videox-fun": lambda pairs: {
-        f"lora_unet__{name.replace('.', '_')}.{part}.weight": x
-        for name, pair in pairs.items()
-        for part, x in zip(("lora_down", "lora_up"), pair, strict=True)
-    },
-    "diffusers": lambda pairs: {
-        f"transformer.blocks.{i}.{THEIRS[name]}.{part}.weight": x
-        for key, pair in pairs.items()
-        for _, i, name in [key.split(".", 2)]
-        for part, x in zip(("lora_A", "lora_B"), pair, strict=True)
-    },
-}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -130,7 +38,7 @@ def test_spellings(spelling, dtype, tmp_path):
 
 def test_differences_in_full(tmp_path):
     rng = np.random.default_rng(1)
-    base, c = load("official")[0], CONFIG
+    base, c = golden("official", "dit"), CONFIG
     changes = {  # by key: the parameter, and its layer
         "blocks.1.self_attn.q.diff_b": ("blocks.self_attention.q.bias", 1, (c.dim,)),
         "blocks.2.cross_attn.norm_k_img.diff": ("blocks.cross_attention.norm_k_image.scale", 2, (c.dim,)),
@@ -186,9 +94,9 @@ def test_several_at_once(tmp_path):
     beside = load_files(*arguments, merged=False)
     assert beside.blocks.self_attention.q.lora.rank == 4 + 2 + 1
     assert beside.blocks.ffn.fc_in.lora.rank == 4
-    ours = step(beside)
-    assert np.abs(ours - step(load("official")[0])).max() > 0.1
-    assert np.abs(step(merged) - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
+    ours = official_velocity(beside)
+    assert np.abs(ours - official_velocity(golden("official", "dit"))).max() > 0.1
+    assert np.abs(official_velocity(merged) - ours).max() <= 1e-5 * max(1, np.abs(ours).max())
 
 
 def test_bfloat16_weights_are_rounded_once(tmp_path):

@@ -5,18 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from test_dit import velocity
-from test_lora import close
+from tiny import ROOT, assert_close, on, velocity
 
-from sharding.mesh import MeshShape, make_mesh
 from wanjax.weights import Checkpoint, lora
 
 pytestmark = pytest.mark.live
 
-ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "wanjax/demo"
 
 
@@ -50,7 +46,7 @@ def test_diffusers_reads_what_the_benchmark_trains(tmp_path):
     WanLoraLoaderMixin.load_lora_into_transformer(state, transformer, metadata=metadata)
     assert np.abs(run() - before).max() > 0.01
     checkpoint = Checkpoint(DEMO)
-    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
+    with on():
         dit = lora.load(checkpoint, checkpoint.config("dit"), lora.parse([str(file)]), False)
         got = velocity(dit, np.moveaxis(latents, 1, -1), timestep, text, image.reshape(1, 34, 128))
-    close(got, run())
+    assert_close(got, run())

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_convert import assert_same_model, values
+from tiny import DIT, TRAIN, assert_same_model, on, values, write_config
 
 import train_jax
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import DiTConfig, LoRAConfig, TrainConfig, VAEConfig
+from sharding.mesh import MeshShape
+from wanjax.config import LoRAConfig, VAEConfig
 from wanjax.data.batch import make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
@@ -25,11 +25,7 @@ from wanjax.training.step import gradients, train_step
 from wanjax.weights import Checkpoint, lora, save
 from wanjax.weights.load import parameters
 
-DIT = DiTConfig(
-    dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
-)
 TARGETS = (*LoRAConfig().targets, "head")
-FAST = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +36,10 @@ def config(tmp_path_factory):
     kernel = dit.head.linear.kernel
     dit.head.linear.kernel = kernel.replace(jax.random.normal(jax.random.key(0), kernel.shape) / 8)
     save(folder / "checkpoint", "official", {"dit": dit}, pth=False)
-    return TrainConfig(
-        workdir=str(folder), checkpoint=str(folder / "checkpoint"), lora=LoRAConfig(rank=8, targets=TARGETS),
-        height=32, width=32, frames=5, batch=4, accumulate=2, warmup=0, learning_rate=1e-2, ema_decay=0.9,
+    return dataclasses.replace(
+        TRAIN, workdir=str(folder), checkpoint=str(folder / "checkpoint"), lora=LoRAConfig(rank=8, targets=TARGETS),
+        accumulate=2, learning_rate=1e-2, ema_decay=0.9, dtype="bfloat16",
     )  # fmt: skip
-
-
-def on(shape):
-    return jax.set_mesh(make_mesh(shape, jax.devices()[: np.prod(shape)]))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +47,7 @@ def run(config):
     """On a mesh: the compiled step, the batch, the state of step 0 and that after 60 steps, with their losses."""
     with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
         objective = checks.objective(config)
-        step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0, compiler_options=FAST)
+        step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0)
         batch = make_batch(Synthetic(config, objective.dit, distinct=1), 0, config.batch)
         state = init_state(config, objective)
         first, losses = jax.device_get(state), []
@@ -139,7 +131,7 @@ def test_gradients_are_the_same_on_one_device(config, remat):
                 return gradients(config, objective, state.model, objective.prepare(batch, state.key()), state.frozen)
 
             state = dataclasses.replace(state, model=model)
-            results.append(jax.device_get(jax.jit(run, compiler_options=FAST)(state, batch)))
+            results.append(jax.device_get(jax.jit(run)(state, batch)))
     (loss, grads), (loss_mesh, grads_mesh) = results
     np.testing.assert_allclose(loss, loss_mesh, rtol=1e-5)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(grads))
@@ -150,9 +142,8 @@ def test_gradients_are_the_same_on_one_device(config, remat):
 
 
 def test_command_line(config, tmp_path, capsys):
-    text = f"from wanjax.config import *\ndef get_config():\n    return {dataclasses.replace(config, steps=2)!r}\n"
-    (tmp_path / "config.py").write_text(text)
-    argv = ["--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run"), "--mesh", "ulysses=8"]
+    config_file = write_config(tmp_path / "config.py", dataclasses.replace(config, steps=2))
+    argv = ["--config", config_file, "--workdir", str(tmp_path / "run"), "--mesh", "ulysses=8"]
     train_jax.main([*argv, "--steps", "1"])
     first = (tmp_path / "run/lora.safetensors").read_bytes()
     train_jax.main(argv)

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import TRAIN, VAE, on
 
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from sharding.rules import parameter_sharding
 from wanjax.conditioning.frames import to_pixels
 from wanjax.conditioning.text import Tokenizer
-from wanjax.config import CLIPConfig, DiTConfig, ShapesData, TowersConfig, TrainConfig, UMT5Config, VAEConfig
+from wanjax.config import CLIPConfig, DiTConfig, ShapesData, TowersConfig, UMT5Config
 from wanjax.data.batch import make_batch
 from wanjax.data.samples import Pair
 from wanjax.demo.shapes import VOCABULARY
@@ -26,31 +27,20 @@ from wanjax.training.state import init_state
 from wanjax.training.step import train_step
 from wanjax.weights import Checkpoint
 
-FAST = {"xla_backend_optimization_level": 0}
-VAE = VAEConfig(
-    dim=4, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4
-)
 TOWERS = TowersConfig(
     umt5=UMT5Config(vocab_size=vocabulary_size(VOCABULARY), dim=16, ffn_dim=24, num_heads=2, head_dim=8, num_layers=2),
     clip=CLIPConfig(image_size=16, patch_size=8, dim=16, mlp_dim=24, num_heads=2, num_layers=2),
     words=VOCABULARY,
     width=8,
 )
-BASE = TrainConfig(
-    data=ShapesData("all", first_seed=0, count=300),
-    height=16,
-    width=16,
-    frames=5,
-    batch=4,
-    warmup=0,
-    learning_rate=3e-3,
-    dtype="float32",
+BASE = dataclasses.replace(
+    TRAIN, data=ShapesData("all", first_seed=0, count=300), height=16, width=16, learning_rate=3e-3
 )
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    with jax.set_mesh(make_mesh(MeshShape(data=2, fsdp=2), jax.devices()[:4])) as mesh:
+    with on(MeshShape(data=2, fsdp=2)) as mesh:
         yield mesh
 
 
@@ -59,7 +49,7 @@ def learn(config, steps):
     objective = checks.objective(config)
     batch = make_batch(open_data(config, objective).source, 0, config.batch)
     state = init_state(config, objective)
-    step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0, compiler_options=FAST)
+    step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0)
     losses = []
     for _ in range(steps):
         state, metrics = step(state, batch)

@@ -5,9 +5,9 @@ import functools
 
 import jax
 import numpy as np
+from tiny import TRAIN, on
 
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import ShapesData, TaskMix, TrainConfig
+from wanjax.config import ShapesData, TaskMix
 from wanjax.data.batch import make_batch
 from wanjax.training import checks, metrics
 from wanjax.training.data import open_data
@@ -16,14 +16,11 @@ from wanjax.training.step import train_step
 from wanjax.weights import Checkpoint
 
 STEPS = 150
-CONFIG = TrainConfig(
+CONFIG = dataclasses.replace(
+    TRAIN,
     encoders="tests/golden/diffusers",
     data=ShapesData("different", first_seed=3, count=1),
     tasks=TaskMix(flf2v=1.0, caption_dropout=0.0),
-    frames=5,
-    height=32,
-    width=32,
-    batch=4,
     steps=STEPS,
     warmup=20,
     cooldown=75,
@@ -32,13 +29,12 @@ CONFIG = TrainConfig(
     beta2=0.99,
     shift=1.0,
     remat="none",
-    dtype="float32",
 )
 
 
 def test_one_clip_is_learned_by_heart():
     """The loss at fixed noise levels and noises that training never drew; every step draws its own."""
-    with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
+    with on():
         dit = dataclasses.replace(Checkpoint(CONFIG.encoders).config("dit"), dim=128, ffn_dim=256, num_layers=2)
         config = dataclasses.replace(CONFIG, dit=dit)
         objective = checks.objective(config)

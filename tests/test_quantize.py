@@ -10,12 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_convert import GOLDEN, assert_same_model
-from test_dit import load, official_inputs, velocity
-from test_sample import OFFICIAL, flags
+from tiny import (
+    GOLDEN,
+    OFFICIAL,
+    assert_same_model,
+    flags,
+    golden,
+    golden_arrays,
+    official_inputs,
+    on,
+    relative_error,
+    velocity,
+)
 
 import sample_jax
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from sharding.rules import parameter_sharding
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.errors import InputError
@@ -27,10 +36,6 @@ from wanjax.weights import Checkpoint, convert, save
 from wanjax.weights.quantize import main, quantize
 
 CASES = [("fp8", None), ("int8", (1, 2))]
-
-
-def error(got, expected):
-    return np.linalg.norm(np.asarray(got) - np.asarray(expected)) / np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("shape", [(5120, 5120), (5120, 13824), (13824, 5120)], ids=str)
@@ -45,7 +50,7 @@ def test_error_at_the_shapes_of_14b(shape):
         assert stored.dtype == DTYPES[format]
         assert scale.dtype == jnp.float32
         for got, wanted in zip(jax.jit(matmul)(x, stored, scale), expected, strict=True):
-            assert error(got, wanted) <= limit
+            assert relative_error(got, wanted) <= limit
 
 
 @pytest.mark.parametrize("format", DTYPES)
@@ -74,12 +79,12 @@ def test_bytes_of_the_blocks_are_halved(format):
 
 @pytest.mark.parametrize(("format", "layers"), CASES)
 def test_velocity_stays_close(format, layers):
-    dit, expected = load("official")
-    latents, text, image = official_inputs(expected)
+    dit, expected = golden("official", "dit"), golden_arrays("official")
+    latents, text, image = official_inputs()
     timestep = expected["dit_t"].astype(np.float32)
     exact = velocity(dit, latents, timestep, text, image)
     smaller = quantize(dit, format, layers)
-    assert 0 < error(velocity(smaller, latents, timestep, text, image), exact) < 0.06
+    assert 0 < relative_error(velocity(smaller, latents, timestep, text, image), exact) < 0.06
     shapes = [jax.eval_shape(lambda m: m.context(text, image), m) for m in (dit, smaller)]
     assert jax.tree.map(jnp.shape, shapes[0]) == jax.tree.map(jnp.shape, shapes[1])
     out = jax.eval_shape(lambda m, c: m.without_context()(latents, timestep, c), smaller, shapes[1])
@@ -90,7 +95,7 @@ def test_velocity_stays_close(format, layers):
 @pytest.mark.parametrize(("format", "layers"), CASES)
 def test_save_and_load(format, layers, tmp_path):
     base = Checkpoint(GOLDEN / "official")
-    model = quantize(load("official")[0], format, layers)
+    model = quantize(golden("official", "dit"), format, layers)
     save(tmp_path / "a", "diffusers", {"dit": model}, base=base)
     new = Checkpoint(tmp_path / "a")
     assert new.config("dit") == model.config
@@ -164,12 +169,12 @@ def test_exit_code(tmp_path):
 def test_on_a_mesh(format, layers):
     checkpoint = Checkpoint(GOLDEN / "official")
     config = dataclasses.replace(checkpoint.config("dit"), quantize=format, quantized_layers=layers)
-    expected = load("official")[1]
-    inputs = official_inputs(expected)
+    expected = golden_arrays("official")
+    inputs = official_inputs()
     timestep = expected["dit_t"].astype(np.float32)
     dit = checkpoint.load("dit", config)
     one = velocity(dit, inputs[0], timestep, *inputs[1:])
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, ring=2, ulysses=2))):
+    with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
         placed = checkpoint.load("dit", config, parameter_sharding)
         assert_same_model(jax.device_get(placed), jax.device_get(dit))
         kernel = placed.stacks[layers is not None].ffn.fc_in.kernel[...]
@@ -179,7 +184,7 @@ def test_on_a_mesh(format, layers):
     gathered = [line for line in program.as_text().splitlines() if " all-gather(" in line]
     assert sum(" s8[" in line for line in gathered) >= 9  # the block's matrices, half the bytes of bfloat16
     # Sums in another order round some activations to the neighbouring number.
-    assert error(several, one) < 0.01
+    assert relative_error(several, one) < 0.01
 
 
 @pytest.mark.parametrize("format", DTYPES)
@@ -190,11 +195,11 @@ def test_the_gradient_is_refused(format):
 
 
 def test_what_is_refused(tmp_path):
-    model = quantize(load("official")[0], "int8")
+    model = quantize(golden("official", "dit"), "int8")
     with pytest.raises(InputError, match="quantised to int8 already"):
         quantize(model, "fp8")
     with pytest.raises(InputError, match=r"layers \(2, 9\) to quantise of 3"):
-        quantize(load("official")[0], "fp8", (2, 9))
+        quantize(golden("official", "dit"), "fp8", (2, 9))
     save(tmp_path / "a", "official", {"dit": model})
     checkpoint = Checkpoint(tmp_path / "a")
     for format in ("off", "fp8"):

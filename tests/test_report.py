@@ -1,5 +1,6 @@
 """The report and what it reads: memory by counting, collectives and operations from XLA's text."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from tiny import DIT
 
 from sharding.mesh import MeshShape, make_mesh
 from sharding.xla_options import use_tpu_options
@@ -53,9 +55,7 @@ def test_operations_in_a_loop_count_every_time_on_one_device():
 @pytest.mark.parametrize("mesh", [MeshShape(ulysses=8), MeshShape(ring=2, ulysses=4), MeshShape(ring=8)])
 def test_work_is_shared_evenly(mesh):
     """All of `benchmarks/scaling.py` in small: an n-th of the operations on each of n devices, within 5%."""
-    network = DiTConfig(
-        dim=128, ffn_dim=256, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16
-    )
+    network = dataclasses.replace(DIT, dim=128, ffn_dim=256)
     video = SampleConfig(height=128, width=256, frames=29, guidance=1.0)
 
     def operations(shape):

@@ -9,11 +9,11 @@ import signal
 import jax
 import numpy as np
 import pytest
-from test_convert import values
+from tiny import TRAIN, on, values, write_config
 
 import train_jax
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig
+from sharding.mesh import MeshShape
+from wanjax.config import CachedData, ShapesData, TaskMix
 from wanjax.training import checks, latent_cache, loop
 from wanjax.training import step as steps
 from wanjax.training.checkpoint import Checkpoints
@@ -22,13 +22,11 @@ from wanjax.training.state import abstract_state
 from wanjax.weights import Checkpoint
 
 CLIPS = ShapesData("all", first_seed=0, count=5)
-CONFIG = TrainConfig(
+CONFIG = dataclasses.replace(
+    TRAIN,
     checkpoint="tests/golden/diffusers",
     data=CLIPS,
     tasks=TaskMix(i2v=1.0, flf2v=1.0, caption_dropout=0.3, image_dropout=0.3, variants=2),
-    frames=5,
-    height=32,
-    width=32,
     batch=8,
     steps=8,
     warmup=3,
@@ -36,7 +34,6 @@ CONFIG = TrainConfig(
     ema_decay=0.9,
     save_every=3,
     mesh="data=8",
-    dtype="float32",
 )
 
 
@@ -44,15 +41,9 @@ CONFIG = TrainConfig(
 def configs(tmp_path_factory):
     """Configuration files by kind of data."""
     folder = tmp_path_factory.mktemp("configs")
-
-    def write(name, config):
-        path = folder / f"{name}.py"
-        path.write_text(f"from wanjax.config import *\ndef get_config():\n    return {config!r}\n")
-        return str(path)
-
-    files = {"pixels": write("pixels", CONFIG)}
+    files = {"pixels": write_config(folder / "pixels.py", CONFIG)}
     cached = dataclasses.replace(CONFIG, data=CachedData(str(folder / "clips"), CLIPS))
-    files["cached"] = write("cached", cached)
+    files["cached"] = write_config(folder / "cached.py", cached)
     latent_cache.main(["--config", files["cached"], "--out", str(folder / "clips"), "--batch", "8"])
     return files
 
@@ -108,7 +99,7 @@ def test_stopped_and_started_again(configs, compiled, monkeypatch, tmp_path, dat
 
 def assert_average_is_exported(workdir):
     """`model` has the averaged weights of the last checkpoint, and these are not the weights."""
-    with jax.set_mesh(make_mesh(MeshShape(data=8))):
+    with on(MeshShape(data=8)):
         checkpoints = Checkpoints(workdir)
         state, _ = checkpoints.restore(abstract_state(CONFIG, checks.objective(CONFIG)))
         checkpoints.close()

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny import on, relative_error
 
 from sharding import check_heads, sequence_attention
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from wanjax.errors import InputError
 
 TOKENS = PartitionSpec(("data", "fsdp"), ("ring", "ulysses"))
@@ -31,11 +32,6 @@ def softmax_attention(q, k, v):
 def random(shape, count):
     rng = np.random.default_rng(0)
     return [rng.standard_normal(shape).astype(np.float32) for _ in range(count)]
-
-
-def distance(got, expected):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
 
 
 def with_gradients(length):
@@ -62,14 +58,14 @@ def test_equals_one_device(shape, length):
     out, vjp = jax.vjp(softmax_attention, q, k, v)
     expected = out, *vjp(dout)
     padding = -length % shape.sequence
-    with jax.set_mesh(make_mesh(shape)):
+    with on(shape):
         inputs = [place(x, padding) for x in (q, k, v)]
         dout = place(np.pad(dout, ((0, 0), (0, padding), (0, 0), (0, 0))))
         results = with_gradients(length)(*inputs, dout)
         assert all(x.sharding.is_equivalent_to(inputs[0].sharding, x.ndim) for x in results)
     for got, wanted in zip(map(np.asarray, results), expected, strict=True):
         assert np.all(np.isfinite(got))
-        assert distance(got[:, :length], wanted) < 1e-5
+        assert relative_error(got[:, :length], wanted) < 1e-5
     assert not np.any(np.asarray(results[2])[:, length:])  # keys that do not count
     assert not np.any(np.asarray(results[3])[:, length:])
 
@@ -77,32 +73,32 @@ def test_equals_one_device(shape, length):
 def test_bfloat16_on_a_ring_stays_close():
     q, k, v, dout = random((1, 37, 8, 16), 4)
     out, vjp = jax.vjp(softmax_attention, q, k, v)
-    with jax.set_mesh(make_mesh(MeshShape(ring=4, ulysses=2))):
+    with on(MeshShape(ring=4, ulysses=2)):
         inputs = [place(x, 3, dtype=jnp.bfloat16) for x in (q, k, v)]
         dout_padded = place(np.pad(dout, ((0, 0), (0, 3), (0, 0), (0, 0))), dtype=jnp.bfloat16)
         results = with_gradients(37)(*inputs, dout_padded)
     for got, wanted in zip(results, (out, *vjp(dout)), strict=True):
         assert got.dtype == jnp.bfloat16
-        assert distance(np.asarray(got, np.float32)[:, :37], wanted) < 0.02
+        assert relative_error(np.asarray(got, np.float32)[:, :37], wanted) < 0.02
 
 
 def test_a_batch_that_does_not_divide_stays_whole():
     q, k, v = random((1, 16, 8, 16), 3)
-    with jax.set_mesh(make_mesh(MeshShape(data=2, ring=2, ulysses=2))):
+    with on(MeshShape(data=2, ring=2, ulysses=2)):
         inputs = [place(x, spec=PartitionSpec(None, ("ring", "ulysses"))) for x in (q, k, v)]
         out = jax.jit(lambda q, k, v: sequence_attention(q, k, v, 16))(*inputs)
-    assert distance(out, softmax_attention(q, k, v)) < 1e-5
+    assert relative_error(out, softmax_attention(q, k, v)) < 1e-5
 
 
 def test_without_a_mesh():
     q, k, v = random((2, 16, 3, 8), 3)  # three heads: there is nobody to share them with
     out = sequence_attention(*map(jnp.asarray, (q, k, v)), 13)
-    assert distance(out[:, :13], softmax_attention(q[:, :13], k[:, :13], v[:, :13])) < 1e-5
+    assert relative_error(out[:, :13], softmax_attention(q[:, :13], k[:, :13], v[:, :13])) < 1e-5
 
 
 def compiled(shape, tokens):
     """The program for forward and gradients, of a padded sequence with `tokens` on every device."""
-    with jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape)])):
+    with on(shape):
         array = (shape.batch, tokens * shape.sequence, 8, 64)
         x = jax.ShapeDtypeStruct(array, jnp.float32, sharding=NamedSharding(jax.sharding.get_mesh(), TOKENS))
         return with_gradients(array[1] - 1).lower(x, x, x, x).compile()
@@ -130,5 +126,5 @@ def test_heads_that_cannot_be_split_name_the_factors():
     with pytest.raises(InputError, match=r"ulysses=8 cannot split 12 attention heads; .* 1, 2, 3, 4, 6, 12; "):
         check_heads(12, 8)
     x = jnp.zeros((1, 8, 3, 8))
-    with jax.set_mesh(make_mesh(MeshShape(ulysses=8))), pytest.raises(InputError, match="1, 3"):
+    with on(MeshShape(ulysses=8)), pytest.raises(InputError, match="1, 3"):
         sequence_attention(x, x, x, 8)

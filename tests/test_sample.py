@@ -5,37 +5,16 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+from tiny import DIFFUSERS, OFFICIAL, flags, golden_arrays, refused
 
 import sample_jax
-from wanjax.errors import InputError
 from wanjax.sampling.pipeline import Pipeline
 from wanjax.weights import Checkpoint, save
 from wanjax.weights.quantize import in_8_bits
-
-GOLDEN = Path(__file__).parent / "golden"
-DIFFUSERS, OFFICIAL = GOLDEN / "diffusers", GOLDEN / "official"
-
-
-def flags(layout, **changes):
-    """The golden case of a layout as flags; None drops one."""
-    case = json.loads((layout / "case.json").read_text())
-    named = {name: case[name] for name in ("prompt", "negative_prompt", "height", "width", "frames", "steps", "shift")}
-    named |= {
-        "guidance": case["guidance"],
-        "checkpoint": layout,
-        "first_frame": layout / "first.png",
-        "last_frame": layout / "last.png",
-        "dtype": "float32",
-        "conventions": layout.name,
-    } | changes
-    return [
-        x for name, value in named.items() if value is not None for x in (f"--{name.replace('_', '-')}", str(value))
-    ]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +26,7 @@ def flags(layout, **changes):
     ],
 )
 def test_whole_run_equals_reference(tmp_path, capsys, layout, solver, latents, video):
-    expected = np.load(layout / "expected.npz")
+    expected = golden_arrays(layout.name)
     noise = expected["init_noise"]
     np.save(tmp_path / "noise.npy", noise.reshape(1, *noise.shape[-4:]))
     files = {"initial_noise": tmp_path / "noise.npy", "save_latents": tmp_path / "l.npy", "output": tmp_path / "v.npy"}
@@ -195,14 +174,6 @@ BAD = {
     "format": ({"quantize": "int4"}, ["int4", "fp8", "int8"]),
     "kernel": ({"attention": "flash"}, ["attention flash of float32 on cpu", "TPUs", "auto"]),
 }
-
-
-def refused(argv, words):
-    with pytest.raises(InputError) as caught:
-        sample_jax.main(argv)
-    line = str(caught.value)
-    assert "\n" not in line
-    assert all(word in line for word in words), line
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD.values(), ids=BAD)

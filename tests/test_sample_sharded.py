@@ -4,22 +4,19 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sample import DIFFUSERS, flags
+from tiny import DIFFUSERS, ROOT, flags, golden_arrays
 
 import sample_jax
 from wanjax.errors import InputError
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
 def files(tmp_path):
     """The reference's noise, and where the outputs go; both outputs are compared afterwards."""
-    expected = np.load(DIFFUSERS / "expected.npz")
+    expected = golden_arrays("diffusers")
     np.save(tmp_path / "noise.npy", expected["init_noise"])
     yield {"initial_noise": tmp_path / "noise.npy", "save_latents": tmp_path / "l.npy", "output": tmp_path / "v.npy"}
     latents, frames = (np.load(tmp_path / name) for name in ("l.npy", "v.npy"))

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+from tiny import DIFFUSERS
 
 from wanjax.data.manifest import read_manifest, write_manifest
 from wanjax.data.videos import Videos
@@ -19,8 +19,6 @@ from wanjax.selection import select
 from wanjax.selection.score_log import ScoreLog
 from wanjax.selection.scores import Distance, find_cuts, find_duplicates, fingerprint, score
 from wanjax.selection.select import Criteria, Reason, judge
-
-CHECKPOINT = Path(__file__).parent / "golden/diffusers"
 
 
 def texture(height=64, width=96, seed=0):
@@ -89,7 +87,7 @@ def test_near_duplicates():
 
 
 def test_clip_distance():
-    distance = Distance(CHECKPOINT)
+    distance = Distance(DIFFUSERS)
     still = np.repeat(moving(1, 1), 3, axis=0)
     changed = np.concatenate([still, moving(1, 1, seed=3)])
     assert distance(still) == pytest.approx(0, abs=1e-5)
@@ -258,7 +256,7 @@ def test_a_foreign_log_is_refused(folder, tmp_path):
 def test_columns_and_parts_of_a_manifest_are_kept(folder, tmp_path):
     lines = [{"path": "clips/fast.mp4", "start": 0.1, "aesthetic": 4.5}, {"path": "clips/slow.mp4", "aesthetic": 6.5}]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run(tmp_path / "all.jsonl", "--max", "aesthetic=5", "--out", tmp_path / "out/kept.jsonl", "--clip", CHECKPOINT)
+    run(tmp_path / "all.jsonl", "--max", "aesthetic=5", "--out", tmp_path / "out/kept.jsonl", "--clip", DIFFUSERS)
     (row,) = read_manifest(tmp_path / "out/kept.jsonl")
     assert (row.name, row.start, row.caption, row.columns["aesthetic"]) == ("../clips/fast.mp4@0.1-", 0.1, None, 4.5)
     assert row.columns["clip_difference"] > 0

@@ -1,15 +1,13 @@
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import GOLDEN, golden_arrays
 
 from wanjax.diffusion import solvers
 from wanjax.errors import InputError
 
-GOLDEN = Path(__file__).parent / "golden"
-OFFICIAL = np.load(GOLDEN / "official" / "expected.npz")
+OFFICIAL = golden_arrays("official")
 DIFFUSERS = np.load(GOLDEN / "solvers.npz")
 DIFFUSERS_CASES = [(1, 5.0), (2, 5.0), (3, 0.5), (8, 3.0), (14, 5.0), (15, 5.0), (50, 16.0), (100, 16.0), (1000, 1.0)]
 SOLVERS = ("unipc", "dpmpp", "euler")
@@ -26,7 +24,7 @@ def replay(schedule, x, velocities):
     return jax.lax.scan(body, solvers.init(x), (jnp.arange(len(velocities)), velocities))[1]
 
 
-def assert_close(actual, expected, tolerance):
+def assert_each_close(actual, expected, tolerance):
     error = np.abs(np.asarray(actual) - expected) / np.maximum(1, np.abs(expected))
     assert error.max() <= tolerance
 
@@ -39,7 +37,7 @@ def test_official(solver, name, steps, shift):
     np.testing.assert_array_equal(schedule.timesteps, golden["timesteps"])
     np.testing.assert_array_equal(schedule.sigmas, golden["sigmas"])
     samples = replay(schedule, OFFICIAL[f"sched_{steps}_{shift}_x"], OFFICIAL[f"sched_{steps}_{shift}_v"])
-    assert_close(samples, golden["samples"], 3e-6)
+    assert_each_close(samples, golden["samples"], 3e-6)
 
 
 @pytest.mark.parametrize(("steps", "shift"), DIFFUSERS_CASES)
@@ -50,7 +48,7 @@ def test_diffusers(solver, steps, shift):
     np.testing.assert_array_equal(schedule.timesteps, DIFFUSERS[f"{solver}_{case}_timesteps"])
     np.testing.assert_array_equal(schedule.sigmas, DIFFUSERS[f"{solver}_{case}_sigmas"])
     samples = replay(schedule, DIFFUSERS[f"{case}_x"], DIFFUSERS[f"{case}_v"])
-    assert_close(samples, DIFFUSERS[f"{solver}_{case}_samples"], 5e-6)
+    assert_each_close(samples, DIFFUSERS[f"{solver}_{case}_samples"], 5e-6)
 
 
 def test_timesteps_are_truncated():

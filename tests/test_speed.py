@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import on
 
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from wanjax.conditioning.samples import Encoded
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.training import checks
@@ -33,7 +34,7 @@ def test_a_step_of_the_full_model_on_a_mesh():
     batch = Encoded(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     assert objective.unit == "tokens"
     assert objective.units(batch) == 2 * 75600
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, ring=2, ulysses=2))):
+    with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
         count = step_operations(objective, batch)
         assert step_operations(objective, batch, frozen=True) == count / 3 * 2
     assert count / 6 == pytest.approx(6.55e15, rel=0.01)

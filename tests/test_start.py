@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_convert import GOLDEN, assert_same_model, values
-from test_dit import close
+from tiny import GOLDEN, assert_close, assert_same_model, on, values
 
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from sharding.rules import parameter_sharding
 from wanjax.config import DiTConfig
 from wanjax.errors import InputError
@@ -110,14 +109,14 @@ def test_the_same_network_is_loaded_as_it_is():
 def test_on_a_mesh():
     alone = load_start(T2V, FLF2V, seed=3)
     expected = np.asarray(velocity(alone, CONTROL, IMAGE))
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, ring=2, ulysses=2))):
+    with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
         dit = load_start(T2V, FLF2V, parameter_sharding, seed=3)
         assert_same_model(dit, alone)
         for leaf in parameters(dit).values():
             assert leaf[...].sharding.is_equivalent_to(parameter_sharding((), leaf), leaf.ndim)
         kernel = dit.blocks.cross_attention.v_image.kernel[...]
         assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8
-        close(velocity(dit, CONTROL, IMAGE), expected)
+        assert_close(velocity(dit, CONTROL, IMAGE), expected)
     kernels = [values(x)["image_embedding.fc_in.kernel"] for x in (dit, load_start(T2V, FLF2V, seed=4))]
     assert np.all(np.std(kernels, axis=(1, 2)) > 0.1)
     assert np.any(kernels[0] != kernels[1])

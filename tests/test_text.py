@@ -5,20 +5,19 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from tiny import GOLDEN, golden_arrays
 
 from wanjax.conditioning.text import NEGATIVE_PROMPTS, Tokenizer, clean, encode_text
 from wanjax.errors import InputError
 from wanjax.weights import Checkpoint
 
-GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER = GOLDEN / "official/google/umt5-xxl"
 CASE = json.loads((GOLDEN / "official/case.json").read_text())
-EXPECTED = np.load(GOLDEN / "official/expected.npz")
+EXPECTED = golden_arrays("official")
 
 
 def test_cleaning_equals_official():
@@ -64,7 +63,7 @@ def test_features_are_zero_past_the_text(text):
     case = json.loads((checkpoint.path / "case.json").read_text())
     ids, mask = Tokenizer(checkpoint.tokenizer_dir)([case["prompt" if text == "prompt" else "negative_prompt"]])
     features = np.asarray(jax.jit(encode_text)(encoder, ids, mask))
-    reference = np.load(checkpoint.path / "expected.npz")[f"{text}_embeds"]
+    reference = golden_arrays(checkpoint.path.name)[f"{text}_embeds"]
     assert np.abs(features - reference).max() <= 1e-4 * max(1, np.abs(reference).max())
     assert not features[~mask].any()
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import DIT, TRAIN, on
 
 import train_jax
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import DiTConfig, TrainConfig
+from sharding.mesh import MeshShape
 from wanjax.data.batch import Batches, make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
@@ -19,27 +19,12 @@ from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import _learning_rate, abstract_state, init_state
 from wanjax.training.step import train_step
 
-DIT = DiTConfig(
-    dim=64, ffn_dim=96, num_heads=8, num_layers=2, freq_dim=16, text_dim=16, text_len=8, image_dim=16, image_positions=6
-)
-CONFIG = TrainConfig(
-    workdir="unused",
-    dit=DIT,
-    height=32,
-    width=32,
-    frames=5,
-    batch=4,
-    accumulate=2,
-    warmup=0,
-    learning_rate=1e-2,
-    ema_decay=0.9,
-)
-FAST = {"xla_backend_optimization_level": 0}  # compiling is all the time there is
+CONFIG = dataclasses.replace(TRAIN, dit=DIT, accumulate=2, learning_rate=1e-2, ema_decay=0.9, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    with jax.set_mesh(make_mesh(MeshShape(data=1, fsdp=2, ring=2, ulysses=2))) as mesh:
+    with on(MeshShape(data=1, fsdp=2, ring=2, ulysses=2)) as mesh:
         yield mesh
 
 
@@ -51,7 +36,7 @@ def run(mesh):
     state = init_state(CONFIG, objective)
     batch = make_batch(Synthetic(CONFIG, objective.dit, distinct=1), 0, CONFIG.batch)
     train = functools.partial(train_step, CONFIG, objective)
-    step = jax.jit(train, donate_argnums=0, compiler_options=FAST)
+    step = jax.jit(train, donate_argnums=0)
     return step, state, jax.device_get(state), batch
 
 
@@ -187,7 +172,7 @@ def test_muon_updates_kernels_and_leaves_the_mesh_alone(mesh, run):
     config = dataclasses.replace(CONFIG, optimizer="muon", learning_rate=0.02, weight_decay=0.0)
     objective = checks.objective(config)
     state = init_state(config, objective)
-    step = jax.jit(functools.partial(train_step, config, objective), compiler_options=FAST)
+    step = jax.jit(functools.partial(train_step, config, objective))
     new, metrics = step(state, batch)
     assert metrics.finite
     assert [x.sharding for x in jax.tree.leaves(new)] == [x.sharding for x in jax.tree.leaves(state)]

@@ -2,28 +2,25 @@
 
 import functools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
+from tiny import GOLDEN, assert_close, golden_arrays
 
 from wanjax.conditioning.text import Tokenizer
 from wanjax.config import UMT5Config
 from wanjax.models.umt5 import UMT5Encoder, relative_buckets
-from wanjax.weights import Checkpoint
 
-GOLDEN = Path(__file__).parent / "golden"
 encode = jax.jit(lambda encoder, ids, mask: encoder(ids, mask))
 
 
 @functools.cache
 def load(layout, dtype=jnp.float32):
-    checkpoint = Checkpoint(GOLDEN / layout)
-    encoder = checkpoint.load("umt5", checkpoint.config("umt5", dtype=dtype, param_dtype=dtype))
-    return encoder, np.load(GOLDEN / layout / "expected.npz")
+    return tiny.load(GOLDEN / layout, "umt5", dtype=dtype, param_dtype=dtype), golden_arrays(layout)
 
 
 def features(encoder, ids, length):
@@ -31,21 +28,16 @@ def features(encoder, ids, length):
     return np.asarray(encode(encoder, ids[None], np.arange(len(ids))[None] < length), np.float32)[0, :length]
 
 
-def close(ours, reference):
-    assert ours.shape == reference.shape
-    assert np.abs(ours - reference).max() <= 1e-4 * max(1, np.abs(reference).max())
-
-
 @pytest.mark.parametrize("text", ["prompt", "negative"])
 def test_equals_official(text):
     encoder, expected = load("official")
     ours = features(encoder, expected[f"{text}_ids"], int(expected[f"{text}_len"]))
-    close(ours, expected[f"{text}_context"])
+    assert_close(ours, expected[f"{text}_context"])
 
 
 def test_all_relative_positions_equal_official():
     encoder, expected = load("official")
-    close(features(encoder, expected["tok_ids"][-1], 512)[::8], expected["long_context"])
+    assert_close(features(encoder, expected["tok_ids"][-1], 512)[::8], expected["long_context"])
 
 
 @pytest.mark.parametrize("text", ["prompt", "negative"])
@@ -54,7 +46,7 @@ def test_equals_diffusers(text):
     prompt = json.loads((GOLDEN / "diffusers/case.json").read_text())[f"{text}_prompt" if text == "negative" else text]
     ids, mask = Tokenizer(GOLDEN / "diffusers/tokenizer")([prompt])
     reference = expected[f"{text}_embeds"][0]
-    close(features(encoder, ids[0], mask.sum()), reference[: mask.sum()])
+    assert_close(features(encoder, ids[0], mask.sum()), reference[: mask.sum()])
     assert not reference[mask.sum() :].any()
 
 

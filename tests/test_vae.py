@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny import GOLDEN, assert_close, golden_arrays, random_like
 
 from wanjax.config import VAEConfig
 from wanjax.errors import InputError
@@ -18,7 +18,6 @@ from wanjax.models.vae_tiling import decode_tiled, encode_tiled
 from wanjax.ops.conv import conv2d
 from wanjax.weights import Checkpoint
 
-GOLDEN = Path(__file__).parent / "golden"
 SMALL = VAEConfig(dim=4, num_res_blocks=1, dim_mult=(1, 2), temporal_downsample=(True,))  # 2x2 in space, 2 in time
 LAYOUTS = pytest.mark.parametrize("layout", ["diffusers", "official"])
 
@@ -35,13 +34,7 @@ def abstract(config):
 @functools.cache
 def small(dtype=jnp.float32):
     """Random weights, biases and scales included, that keep the size of the activations."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        spread = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.1
-        return jnp.asarray(rng.normal(size=leaf.shape) * spread + ("scale" in jax.tree_util.keystr(path)), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract(dataclasses.replace(SMALL, dtype=dtype)))
+    return jax.tree.map(jnp.asarray, random_like(abstract(dataclasses.replace(SMALL, dtype=dtype))))
 
 
 @functools.cache
@@ -49,7 +42,7 @@ def load(layout):
     """Network, video, latents (normalised by the reference or here), reconstruction; channels last."""
     checkpoint = Checkpoint(GOLDEN / layout)
     config = checkpoint.config("vae")
-    expected = np.load(GOLDEN / layout / "expected.npz")
+    expected = golden_arrays(layout)
     if layout == "official":
         video = expected["vae_video_u8"][None].astype(np.float32) / np.float32(127.5) - 1
         latents, recon = expected["vae_latent"][None], expected["vae_recon"][None]
@@ -64,33 +57,28 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
-def close(ours, reference):
-    assert ours.shape == reference.shape
-    np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-4 * max(1, np.abs(reference).max()))
-
-
 @LAYOUTS
 def test_encode(layout):
     vae, video, latents, _ = load(layout)
     ours = np.asarray(encode(vae, video))
     assert ours.dtype == np.float32
-    close(ours, latents)
+    assert_close(ours, latents)
 
 
 @LAYOUTS
 def test_mean_before_normalisation(layout):
     vae, video, _, _ = load(layout)
-    expected = np.load(GOLDEN / layout / "expected.npz")
+    expected = golden_arrays(layout)
     reference = expected["vae_mu"][None] if layout == "official" else expected["vae_latent"]
     mean, std = np.float32(vae.config.latents_mean), np.float32(vae.config.latents_std)
-    close(np.asarray(encode(vae, video)) * std + mean, np.moveaxis(reference, 1, -1))
+    assert_close(np.asarray(encode(vae, video)) * std + mean, np.moveaxis(reference, 1, -1))
 
 
 @LAYOUTS
 def test_decode(layout):
     vae, _, latents, recon = load(layout)
     ours = np.asarray(decode(vae, latents))
-    close(ours, recon)
+    assert_close(ours, recon)
     assert np.abs(ours).max() == 1  # the golden clip reaches the clamp
 
 

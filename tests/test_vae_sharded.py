@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
+from tiny import on, random_like
 
-from sharding.mesh import AXES, MeshShape, make_mesh
+from sharding.mesh import AXES, MeshShape
 from sharding.rules import pictures_spec, shard_parameters, split_pictures
 from wanjax.config import VAEConfig
 from wanjax.models.vae import VAE
@@ -35,16 +36,11 @@ def abstract(config=CONFIG):
 @functools.cache
 def inputs():
     """A network with random weights, biases and scales included, a video and latents."""
-    rng = np.random.default_rng(0)
-
-    def fill(path, leaf):
-        spread = np.prod(leaf.shape[:-1]) ** -0.5 if leaf.ndim > 1 else 0.1
-        return (rng.normal(size=leaf.shape) * spread + ("scale" in jax.tree_util.keystr(path))).astype(np.float32)
-
+    rng = np.random.default_rng(1)
     height, width = CELLS
     video = rng.uniform(-1, 1, (BATCH, 3, 2 * height, 2 * width, 3)).astype(np.float32)
     latents = rng.normal(size=(BATCH, 2, height, width, 16)).astype(np.float32)
-    return jax.tree_util.tree_map_with_path(fill, abstract()), video, latents
+    return random_like(abstract()), video, latents
 
 
 def forward(vae, video, latents):
@@ -71,7 +67,7 @@ def alone():
 @functools.cache
 def program(shape):
     """Results on a mesh, and what the program costs a device."""
-    with jax.set_mesh(make_mesh(shape)):
+    with on(shape):
         vae, *pictures = jax.tree.map(jnp.asarray, inputs())
         arguments = shard_parameters(vae), *(split_pictures(x, CELLS) for x in pictures)
         compiled = both.lower(*arguments).compile()
@@ -109,7 +105,7 @@ def test_only_weights_and_what_attention_sees_are_gathered():
 
 
 def test_a_size_that_the_mesh_does_not_divide():
-    with jax.set_mesh(make_mesh(MeshShape(ring=5), jax.devices()[:5])):
+    with on(MeshShape(ring=5)):
         ours = jax.jit(forward)(*inputs())
     assert_same(ours, alone()[0])
 

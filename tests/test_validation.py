@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import TRAIN, VAE, on
 
 import train_jax
-from sharding.mesh import MeshShape, make_mesh
+from sharding.mesh import MeshShape
 from sharding.rules import constrain
 from wanjax.conditioning.frames import to_pixels
-from wanjax.config import CachedData, ShapesData, TaskMix, TrainConfig, VAEConfig
+from wanjax.config import CachedData, ShapesData, TaskMix, VAEConfig
 from wanjax.data.batch import make_batch
 from wanjax.demo.shapes import Shapes
 from wanjax.errors import InputError
@@ -23,7 +24,8 @@ from wanjax.training.log import Log
 from wanjax.training.objectives.flow_matching import Noised
 from wanjax.training.validation import open_validation
 
-CONFIG = TrainConfig(
+CONFIG = dataclasses.replace(
+    TRAIN,
     checkpoint="tests/golden/diffusers",
     data=ShapesData("all", first_seed=0, count=6),
     validation=ShapesData("different", first_seed=100, count=5),
@@ -33,18 +35,13 @@ CONFIG = TrainConfig(
     sample_clips=2,
     sample_steps=2,
     tasks=TaskMix(i2v=1.0, flf2v=1.0, caption_dropout=1.0, image_dropout=1.0),
-    frames=5,
-    height=32,
-    width=32,
-    batch=4,
     accumulate=2,
-    dtype="float32",
 )
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=2, ulysses=2), jax.devices()[:4])) as mesh:
+    with on(MeshShape(fsdp=2, ulysses=2)) as mesh:
         yield mesh
 
 
@@ -85,10 +82,7 @@ def test_losses_and_samples_of_the_dit(mesh, tmp_path):
 
 
 def test_loss_of_a_vae(mesh, tmp_path):
-    vae = VAEConfig(
-        dim=4, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4
-    )
-    change = {"checkpoint": None, "vae": vae, "snippet": (5, 16, 16), "sample_every": 0, "kl_weight": 0.0}
+    change = {"checkpoint": None, "vae": VAE, "snippet": (5, 16, 16), "sample_every": 0, "kl_weight": 0.0}
     config = dataclasses.replace(CONFIG, workdir=str(tmp_path), **change)
     objective = checks.objective(config)
 

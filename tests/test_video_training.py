@@ -1,14 +1,15 @@
 """Video files all the way to what the DiT learns from: in pixels and through the cache the same, bad files named."""
 
+import dataclasses
 import logging
 
 import jax
 import numpy as np
 import pytest
-from test_videos import encode, gray, sound
+from tiny import TRAIN, on, write_config
+from tiny_videos import encode, gray, sound
 
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.config import CachedData, TaskMix, TrainConfig, VideoData
+from wanjax.config import CachedData, TaskMix, VideoData
 from wanjax.data.batch import Batches
 from wanjax.training import checks, latent_cache
 from wanjax.training.data import open_data
@@ -53,10 +54,8 @@ def test_both_ways_give_the_same_samples(folder, tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
 
     def config(data):
-        return TrainConfig(
-            checkpoint="tests/golden/diffusers", data=data, tasks=TaskMix(i2v=1.0, flf2v=1.0, variants=2),
-            frames=9, height=32, width=32, batch=4, dtype="float32",
-        )  # fmt: skip
+        tasks = TaskMix(i2v=1.0, flf2v=1.0, variants=2)
+        return dataclasses.replace(TRAIN, checkpoint="tests/golden/diffusers", data=data, tasks=tasks, frames=9)
 
     def said():
         """What was printed and logged of files left out."""
@@ -69,11 +68,11 @@ def test_both_ways_give_the_same_samples(folder, tmp_path, monkeypatch, capsys, 
 
     pixels = config(VideoData(str(folder)))
     cached = config(CachedData(str(tmp_path / "cache"), pixels.data))
-    (tmp_path / "config.py").write_text(f"from wanjax.config import *\ndef get_config():\n    return {cached!r}\n")
-    latent_cache.main(["--config", str(tmp_path / "config.py"), "--out", cached.data.path, "--batch", "4"])
+    config_file = write_config(tmp_path / "config.py", cached)
+    latent_cache.main(["--config", config_file, "--out", cached.data.path, "--batch", "4"])
     said()
 
-    with jax.set_mesh(make_mesh(MeshShape(), devices)):
+    with on():
         objective = checks.objective(pixels)
         direct, stored = open_data(pixels, objective), open_data(cached, objective)
         seen, given = set(), set()

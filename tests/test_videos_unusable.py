@@ -3,7 +3,7 @@
 import av
 import numpy as np
 import pytest
-from test_videos import encode, gray, sound, videos
+from tiny_videos import encode, gray, sound, videos
 
 from wanjax.data.buckets import Usable, describe, group
 from wanjax.data.clip import UnusableClip
