@@ -14,7 +14,7 @@ from wanjax.models.layers import Linear, QuantizedLinear
 from wanjax.ops.kernels import int8fp8_gpu
 from wanjax.report import memory
 from wanjax.report.hlo import parse, shapes
-from wanjax.report.programs import Shapes
+from wanjax.report.programs import AbstractInputs
 from wanjax.report.topology import topology_mesh
 from wanjax.weights.quantize import requantized
 
@@ -68,7 +68,7 @@ def test_the_product_is_of_8_bit_numbers(topology, format, product):
     mesh = topology_mesh(topology, "fsdp=-1")
     with jax.set_mesh(mesh):
         linear = partial(Linear, 5120, 5120, axes=("embed", "heads"))
-        layer = Shapes(mesh).network(lambda rngs: QuantizedLinear(linear(rngs), format))
+        layer = AbstractInputs(mesh).network(lambda rngs: QuantizedLinear(linear(rngs), format))
         sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         x = jax.ShapeDtypeStruct((mesh.size, 1024, 5120), jnp.bfloat16, sharding=sharding)
         text = jax.jit(lambda m, x: m(x)).lower(layer, x).compile(compiler_options=GPU_OPTIONS).as_text()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 import types
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
-from tiny import on
+from tiny import PATIENCE, on
 
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
@@ -175,8 +176,15 @@ def test_metrics_are_exact_and_lose_what_was_lost(tmp_path):
 
 
 def test_data_wait_is_what_the_devices_wait(mesh, monkeypatch):
-    clock = types.SimpleNamespace(now=10.0)
-    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    clock, watched = types.SimpleNamespace(now=10.0), threading.Event()
+
+    def perf_counter():
+        now = clock.now
+        if threading.current_thread() is not threading.main_thread():
+            watched.set()  # the meter's own thread has seen the devices done
+        return now
+
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(perf_counter=perf_counter))
     batch = Number(jnp.zeros((2, 1)))
     with loop.Meter(Guessing()) as meter:
         for computed, fetched, waited in ((2.0, 1.0, 0.0), (1.0, 4.0, 0.75)):
@@ -187,7 +195,8 @@ def test_data_wait_is_what_the_devices_wait(mesh, monkeypatch):
                 clock.now = start + moment
                 if events[moment] == "done":
                     meter.computing(jnp.zeros(()))
-                    meter._done.result()
+                    assert watched.wait(PATIENCE)
+                    watched.clear()
                 else:
                     meter.fetched()
             measured = meter.stop()

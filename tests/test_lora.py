@@ -238,7 +238,8 @@ def test_14b_fits_the_rules():
     c = DiTConfig()
     dit = jax.eval_shape(lambda: lora.attach(DiT(c, nnx.Rngs(0)), LoRAConfig(rank=32), nnx.Rngs(0)))
     count = sum(x.lora.a.size + x.lora.b.size for x in lora.linear_layers(dit).values() if x.lora is not None)
-    assert count == 40 * 32 * (10 * 2 * c.dim + 2 * (c.dim + c.ffn_dim))
+    square, ffn = 4 + 6, 2  # of self- and cross-attention, two of the latter for images
+    assert count == c.num_layers * 32 * (square * 2 * c.dim + ffn * (c.dim + c.ffn_dim))
 
 
 # ---- diffusers

@@ -59,7 +59,7 @@ def run(config):
 
 def test_only_adapters_are_trained(config, run):
     _, _, first, state, _ = run
-    count = 2 * (12 + 1)
+    count = 2 * len(TARGETS)  # a and b of each, for all layers at once
     assert len(jax.tree.leaves(state.model)) == count
     assert all(lora.is_adapter(x) and x.dtype == jnp.float32 for x in parameters(state.model).values())
     assert len([x for x in jax.tree.leaves(state.optimizer) if x.ndim]) == 2 * count

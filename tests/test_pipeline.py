@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from test_sample import DIFFUSERS, flags
+from tiny import DIFFUSERS, flags
 
 import sample_jax
 import wanjax

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sharding.xla_options import TPU_OPTIONS_8_BIT
 from wanjax.models.layers import Linear, QuantizedLinear
 from wanjax.report.hlo import parse, shapes
-from wanjax.report.programs import Shapes
+from wanjax.report.programs import AbstractInputs
 from wanjax.report.topology import topology_mesh
 
 pytestmark = pytest.mark.aot
@@ -21,7 +21,7 @@ def compiled(topology, format):
     """A layer of the 14B network, split over the chips as all its weights are."""
     mesh = topology_mesh(topology, "fsdp=-1")
     with jax.set_mesh(mesh):
-        layer = Shapes(mesh).network(lambda rngs: QuantizedLinear(Linear(5120, 5120, rngs, axes=AXES), format))
+        layer = AbstractInputs(mesh).network(lambda rngs: QuantizedLinear(Linear(5120, 5120, rngs, axes=AXES), format))
         spec = PartitionSpec(("data", "fsdp"))
         x = jax.ShapeDtypeStruct((mesh.size, 1024, 5120), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         return jax.jit(lambda m, x: m(x)).lower(layer, x).compile(compiler_options=TPU_OPTIONS_8_BIT).as_text()

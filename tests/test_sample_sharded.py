@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import DIFFUSERS, ROOT, flags, golden_arrays
+from tiny import DIFFUSERS, PATIENCE, ROOT, flags, golden_arrays
 
 import sample_jax
 from wanjax.errors import InputError
@@ -44,7 +44,7 @@ def test_two_processes_of_four_devices(files):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = [subprocess.Popen(command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": i}, **pipes) for i in "01"]
     try:
-        (out, progress), (silent, _) = (process.communicate(timeout=1800) for process in run)
+        (out, progress), (silent, _) = (process.communicate(timeout=PATIENCE) for process in run)
     finally:
         for process in run:
             process.kill()

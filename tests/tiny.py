@@ -1,5 +1,6 @@
 """What the tests share: golden data, tiny configurations, meshes of fake devices, the command line, comparisons."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -24,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests/golden"
 DIFFUSERS, OFFICIAL = GOLDEN / "diffusers", GOLDEN / "official"
 LAYOUTS = ("diffusers", "official")
+PATIENCE = 1200
+"""Seconds that a test waits for what must come: a machine may have much else to do."""
 
 # Heads for eight devices; as many tokens from text and from images as no mesh divides.
 DIT = DiTConfig(
@@ -43,7 +46,14 @@ def on(shape=None):
 
 def write_config(path, config):
     """A configuration file whose `get_config` gives `config`; its path as text."""
-    path.write_text(f"from wanjax.config import *\ndef get_config():\n    return {config!r}\n")
+
+    def source(x):
+        if not dataclasses.is_dataclass(x):
+            return repr(x)
+        changed = [field.name for field in dataclasses.fields(x) if getattr(x, field.name) != field.default]
+        return f"{type(x).__name__}({', '.join(f'{name}={source(getattr(x, name))}' for name in changed)})"
+
+    path.write_text(f"from wanjax.config import *\ndef get_config():\n    return {source(config)}\n")
     return str(path)
 
 
