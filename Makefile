@@ -1,47 +1,52 @@
-# make sample and make test do all their own set-up; they need Python 3.11 or newer with pip, nothing else.
-#   PYTHON=python3.12 make test     another interpreter
+# make sample and make test do all their own set-up; they need Python 3.11 to 3.13 with pip, nothing else.
+#   PYTHON=python3.13 make test     another interpreter, in a folder of its own: .venv-python3.13
+#   make test CONSTRAINTS=tests/oldest.txt VENV=.venv-oldest     the oldest releases that are promised to work
 #   TORCH="torch==2.13.0 --index-url ..." make parity     another build of torch (the default may be a CUDA one)
 #   make aot ONLY="not 4x4x4 and not 16x16"     some of those programs, as pytest -k takes it
-PYTHON ?= python3
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+VENV ?= .venv
+endif
+VENV ?= .venv-$(notdir $(PYTHON))
 TORCH ?= torch==2.13.0
-BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
 .PHONY: sample test lint aot aot-setup aot-gpu aot-gpu-setup golden parity parity-setup bench demo clean
 
-sample: .venv/.installed  ## the packaged demo model on its own two frames: out/video.mp4
+sample: $(VENV)/.installed  ## the packaged demo model on its own two frames: out/video.mp4
 	$(BIN)/python sample_jax.py
 
-test: .venv/.installed  ## what needs neither torch nor an accelerator's compiler
+test: $(VENV)/.installed  ## what needs neither torch nor an accelerator's compiler
 	@echo "Deselected here: live (against diffusers, run 'make parity'), aot (compiles for TPUs, run 'make aot')"
 	@echo "and aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu')."
 	$(BIN)/python -m pytest -n 2 -m "not live and not aot and not aot_gpu"
 
-aot: .venv/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of one core, 8 GB of memory
+aot: $(VENV)/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of one core, 8 GB of memory
 	$(BIN)/python -m pytest -m aot -k "$(ONLY)"
 
-aot-setup: .venv/.aot
+aot-setup: $(VENV)/.aot
 
 aot-gpu: .venv-gpu/.installed  ## kernels and full-size programs compiled for NVIDIA GPUs: a minute
 	.venv-gpu/bin/python -m pytest -m aot_gpu tests/test_gpu_aot.py
 
 aot-gpu-setup: .venv-gpu/.installed
 
-lint: .venv/.installed
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-golden: .venv/.golden  ## remakes tests/golden but for official/
+golden: $(VENV)/.golden  ## remakes tests/golden but for official/
 	$(BIN)/python tests/golden/make_golden.py
 	$(BIN)/python tests/golden/make_golden_solvers.py
 
-parity: .venv/.golden  ## against diffusers and transformers running beside it
+parity: $(VENV)/.golden  ## against diffusers and transformers running beside it
 	$(BIN)/python -m pytest -m live
 
-parity-setup: .venv/.golden
+parity-setup: $(VENV)/.golden
 
-bench: .venv/.installed  ## every script of benchmarks/, one after the other
+bench: $(VENV)/.installed  ## every script of benchmarks/, one after the other
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 DEMO := out/demo
@@ -52,7 +57,7 @@ demo: $(DEMO)/stage3/model  ## trains the demo model anew, in hours, and puts it
 	$(BIN)/python -m wanjax.demo $<
 
 # A model's folder appears when its training is done; a training that was interrupted goes on from its checkpoint.
-$(DEMO)/vae/model: | .venv/.installed
+$(DEMO)/vae/model: | $(VENV)/.installed
 	$(call TRAIN,vae)
 $(DEMO)/vae_long/model: | $(DEMO)/vae/model
 	$(call TRAIN,vae_long)
@@ -70,25 +75,25 @@ $(DEMO)/stage3/model: | $(DEMO)/clips3/index.json $(DEMO)/stage2_long/model
 	$(call TRAIN,stage3)
 
 clean:
-	rm -rf .venv .venv-gpu .pytest_cache .ruff_cache out
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache out
 
 # The stamp is younger than pyproject.toml: installed, and nothing to do.
-.venv/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; give another: PYTHON=python3.12 make ..." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	@echo "Installing wanjax and its tools into .venv (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing wanjax and its tools into $(VENV) (a few minutes the first time)"
 	$(PIP) --editable ".[dev]"
 	@touch $@
 
-.venv/.golden: .venv/.installed
-	@echo "Installing torch, diffusers and accelerate into .venv (long the first time)"
+$(VENV)/.golden: $(VENV)/.installed
+	@echo "Installing torch, diffusers and accelerate into $(VENV) (long the first time)"
 	$(PIP) $(TORCH)
 	$(PIP) --editable ".[dev,golden]"
 	@touch $@
 
-.venv/.aot: .venv/.installed
-	@echo "Installing libtpu into .venv"
+$(VENV)/.aot: $(VENV)/.installed
+	@echo "Installing libtpu into $(VENV)"
 	$(PIP) --editable ".[dev,aot]"
 	@touch $@
 

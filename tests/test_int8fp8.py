@@ -1,6 +1,7 @@
 """Attention in 8 bits: near to exact attention, the kernel equal to its reference, in a ring too; no gradient."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from tiny import golden, golden_arrays, official_inputs, on, relative_error, velocity
 
 from sharding import sequence_attention
@@ -169,10 +170,13 @@ def test_the_network_passes_the_choice_on():
 
 
 def test_the_platform_and_the_choice_name_the_kernel():
+    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))  # for Pallas, which asks
+
     def lowered(platform, choice, dtype=jnp.bfloat16):
         x = jax.ShapeDtypeStruct((1, 2, 40, 64), dtype)
         run = jax.jit(lambda q, k, v: kernel(choice).forward(q, k, v, None, jnp.float32))
-        return run.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
+        with use_abstract_mesh(gpu) if platform == "cuda" else nullcontext():
+            return run.trace(x, x, x).lower(lowering_platforms=(platform,)).as_text()
 
     assert "int8fp8_forward" in lowered("tpu", "int8fp8")
     assert "flash_forward" in lowered("tpu", "flash")

@@ -20,8 +20,9 @@ from wanjax.errors import InputError
 
 
 class GPU(NamedTuple):
-    """What the compiler asks about a GPU.
+    """What the compilers ask about a GPU.
 
+    kind: one of the same capability that Pallas knows by this name.
     capability: CUDA's compute capability, major and minor.
     shared_kib: shared memory that a block of threads may have.
     memory_gib: the GPU's.
@@ -29,6 +30,7 @@ class GPU(NamedTuple):
     bandwidth_gb: of its memory, GB/s.
     """
 
+    kind: str
     capability: tuple[int, int]
     shared_kib: int
     memory_gib: int
@@ -37,17 +39,17 @@ class GPU(NamedTuple):
 
 
 GPUS = {
-    "a100": GPU((8, 0), 163, 80, 108, 2039),
-    "rtx3090": GPU((8, 6), 99, 24, 82, 936),
-    "l40s": GPU((8, 9), 99, 48, 142, 864),
-    "h100": GPU((9, 0), 227, 80, 132, 3350),
-    "b200": GPU((10, 0), 227, 180, 148, 8000),
-    "rtx5090": GPU((12, 0), 99, 32, 170, 1792),
+    "a100": GPU("NVIDIA A100", (8, 0), 163, 80, 108, 2039),
+    "rtx3090": GPU("NVIDIA A10", (8, 6), 99, 24, 82, 936),
+    "l40s": GPU("NVIDIA L40", (8, 9), 99, 48, 142, 864),
+    "h100": GPU("NVIDIA H100", (9, 0), 227, 80, 132, 3350),
+    "b200": GPU("NVIDIA B200", (10, 0), 227, 180, 148, 8000),
+    "rtx5090": GPU("NVIDIA RTX PRO 6000", (12, 0), 99, 32, 170, 1792),
 }
 
 _DESCRIPTION = """
 platform_name: "CUDA"
-device_description_str: "{name}"
+device_description_str: "{kind}"
 dnn_version_info {{ major: 9 minor: 8 }}
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
@@ -112,7 +114,7 @@ def _tpus(topology: str) -> Sequence[Any]:
 def _gpus(name: str, count: str) -> Sequence[Any]:
     gpu = GPUS[name]
     description = _DESCRIPTION.format(
-        name=name,
+        kind=gpu.kind,
         major=gpu.capability[0],
         minor=gpu.capability[1],
         shared=gpu.shared_kib * 1024,
