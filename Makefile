@@ -51,10 +51,10 @@ bench: $(VENV)/.installed  ## every script of benchmarks/, one after the other
 
 DEMO := out/demo
 TRAIN = $(BIN)/python train_jax.py --config configs/demo_$(1).py && test -d $@
-CACHE = $(BIN)/python -m wanjax.training.latent_cache --config configs/demo_stage$(1).py --out $(DEMO)/clips$(1)
+CACHE = $(BIN)/python -m wanjax cache --config configs/demo_stage$(1).py --out $(DEMO)/clips$(1)
 
 demo: $(DEMO)/stage3/model  ## trains the demo model anew, in hours, and puts it into wanjax/demo; again: goes on
-	$(BIN)/python -m wanjax.demo $<
+	$(BIN)/wanjax demo --publish $<
 
 # A model's folder appears when its training is done; a training that was interrupted goes on from its checkpoint.
 $(DEMO)/vae/model: | $(VENV)/.installed

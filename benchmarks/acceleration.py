@@ -32,7 +32,7 @@ from PIL import Image
 from wanjax import demo
 from wanjax.cli import exit_codes
 from wanjax.config import NETWORK_FIELDS, SampleConfig
-from wanjax.demo.shapes import Kind, Shapes
+from wanjax.demo.shapes import Kind, ProceduralClips
 from wanjax.errors import InputError
 from wanjax.sampling import cache_rules
 from wanjax.sampling.calibrate import calibrate
@@ -108,7 +108,7 @@ def requests(
     flags: argparse.Namespace, first_seed: int, clips: int, folder: Path
 ) -> Iterator[tuple[Any, SampleConfig]]:
     """Clips and what is asked of the sampler for each; their end frames as files in a folder."""
-    shapes = Shapes(first_seed, clips, flags.frames, flags.size, flags.kind)
+    shapes = ProceduralClips(first_seed, clips, flags.frames, flags.size, flags.kind)
     for i in range(clips):
         clip = shapes[i]
         for name, frame in (("first", clip.video[0]), ("last", clip.video[-1])):

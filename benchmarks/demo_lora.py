@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import tempfile
 import time
@@ -27,7 +26,7 @@ from sharding.rules import parameter_sharding
 from wanjax.cli import exit_codes
 from wanjax.conditioning.encoders import Encoders, open_encoders
 from wanjax.config import CachedData, LoRAConfig, ShapesData, TaskMix, TrainConfig
-from wanjax.data.batch import Batches, place
+from wanjax.data.batch import Batches, shard_batch
 from wanjax.demo.shapes import Kind
 from wanjax.diffusion import solvers
 from wanjax.errors import InputError
@@ -35,11 +34,10 @@ from wanjax.models.dit import DiT
 from wanjax.sampling.batch import sample_latents
 from wanjax.sampling.decoding import decode_batch
 from wanjax.training import checks, loop, metrics
-from wanjax.training.checkpoint import Checkpoints
-from wanjax.training.data import open_clips, open_data, task_samples
-from wanjax.training.export import export
+from wanjax.training.checkpoint import TrainCheckpoints
+from wanjax.training.data import open_clips, task_samples
 from wanjax.training.latent_cache import write_cache
-from wanjax.training.objectives.flow_matching import FlowMatching
+from wanjax.training.objectives.flow_matching import FlowMatching, network_to_train
 from wanjax.training.state import init_state
 from wanjax.weights import Checkpoint, lora
 
@@ -77,14 +75,18 @@ def train(config: TrainConfig, objective: FlowMatching) -> tuple[Path, int, bool
     """The file of adapters, how many numbers they are, and whether all others are still the checkpoint's."""
     assert config.workdir is not None
     assert config.checkpoint is not None
-    checkpoints, data = Checkpoints(config.workdir, keep=1), open_data(config, objective)
+    checkpoints, data = TrainCheckpoints(config.workdir, keep=1), objective.open_data(config)
     batches = Batches(data.source, config.batch, encode=data.encode)
     state, _ = loop.train(config, objective, init_state(config, objective), batches, checkpoints)
     checkpoints.close()
     before = jax.tree.leaves(Checkpoint(config.checkpoint).load("dit", objective.dit, parameter_sharding))
     after = jax.tree.leaves(state.frozen)
     same = len(before) == len(after) and all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
-    return export(config, objective, state.best), sum(x.size for x in jax.tree.leaves(state.model)), same
+    return (
+        objective.export(objective.eval_model(state)),
+        sum(x.size for x in jax.tree.leaves(state.model)),
+        same,
+    )
 
 
 class HeldOut:
@@ -98,8 +100,8 @@ class HeldOut:
         for start in range(0, clips, size):
             numbers = [start + i for i in range(min(size, clips - start))]
             pixels = [samples.sample(number, 0) for number in numbers]
-            self.parts.append((numbers, [x.video for x in pixels], encoders(place(pixels, len(pixels)))))
-        self.losses = jax.jit(functools.partial(metrics.validation_losses, FlowMatching(config, encoders.dit)))
+            self.parts.append((numbers, [x.video for x in pixels], encoders(shard_batch(pixels, len(pixels)))))
+        self.losses = jax.jit(FlowMatching(config, encoders.dit).validation_losses)
 
     def loss(self, dit: DiT) -> float:
         """Mean over clips and noise levels."""
@@ -138,8 +140,7 @@ def main() -> None:
     if Path(flags.workdir).exists() and any(Path(flags.workdir).iterdir()):
         raise InputError(f"--workdir {flags.workdir} is not empty; a new or empty folder is accepted; give another")
     config = make_config(flags)
-    objective = checks.objective(config)
-    assert isinstance(objective, FlowMatching)
+    objective = FlowMatching(config, network_to_train(config))
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
         checks.check(config, objective, MeshShape())
         encoders, chosen = open_encoders(config, objective.dit), open_clips(config)

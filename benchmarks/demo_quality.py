@@ -23,10 +23,10 @@ from sharding.rules import parameter_sharding
 from wanjax.conditioning.encoders import open_encoders
 from wanjax.conditioning.frames import to_pixels
 from wanjax.config import ShapesData, TaskMix, TrainConfig
-from wanjax.data.batch import place
+from wanjax.data.batch import shard_batch
 from wanjax.data.buckets import Order
 from wanjax.data.samples import TaskSamples
-from wanjax.demo.shapes import Kind, Shapes
+from wanjax.demo.shapes import Kind, ProceduralClips
 from wanjax.diffusion import solvers
 from wanjax.sampling.batch import sample_latents
 from wanjax.sampling.decoding import decode_batch
@@ -39,7 +39,7 @@ FRAMES, SIZE = 17, 64
 class WrongCaptions:
     """The clips of another set, each with a caption that is wrong about one thing."""
 
-    def __init__(self, clips: Shapes):
+    def __init__(self, clips: ProceduralClips):
         self.clips = clips
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Demo:
         assert self.encoders.clip is not None
         order = Order({clips.shape(0): np.arange(len(clips))}, len(numbers))
         samples = TaskSamples(clips, order, self.config, self.encoders.tokenizer, 2, self.encoders.clip.image_size)
-        batch = self.encoders(place([samples.sample(i, 0) for i in numbers], len(numbers)))
+        batch = self.encoders(shard_batch([samples.sample(i, 0) for i in numbers], len(numbers)))
         noise = metrics.noise_of([self.flags.first_seed + i for i in numbers], batch.latents.shape[1:])
         latents = sample_latents(self.dit, batch, self.empty, noise, self.schedule, self.flags.guidance)
         return np.asarray(decode_batch(self.encoders.networks["vae"], latents))
@@ -96,7 +96,7 @@ def _through_vae(vae, videos):
     return decode_batch(vae, vae.encode(to_pixels(videos)))
 
 
-def measure(demo: Demo, clips: Shapes) -> tuple[dict[str, list[float]], list[np.ndarray]]:
+def measure(demo: Demo, clips: ProceduralClips) -> tuple[dict[str, list[float]], list[np.ndarray]]:
     """Figures by clip, and for the first four their videos: truth, ours, cross-fade."""
     figures: dict[str, list[float]] = {}
     shown: list[np.ndarray] = []
@@ -153,7 +153,7 @@ def main() -> None:
     start = time.perf_counter()
     with jax.set_mesh(make_mesh(MeshShape(), jax.devices()[:1])):
         demo = Demo(flags)
-        figures, shown = measure(demo, Shapes(flags.first_seed, flags.clips, FRAMES, SIZE, flags.kind))
+        figures, shown = measure(demo, ProceduralClips(flags.first_seed, flags.clips, FRAMES, SIZE, flags.kind))
     if flags.picture:
         draw(shown, flags.picture)
     mean = {name: float(np.mean(values)) for name, values in figures.items()}

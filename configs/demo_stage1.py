@@ -1,6 +1,6 @@
 """The demo's first stage: all tasks mixed, on clips of which a third hardly move.
 
-python -m wanjax.training.latent_cache --config configs/demo_stage1.py --out out/demo/clips1
+wanjax cache --config configs/demo_stage1.py --out out/demo/clips1
 python train_jax.py --config configs/demo_stage1.py
 """
 

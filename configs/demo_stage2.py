@@ -1,6 +1,6 @@
 """The demo's second stage: first and last frame given, on clips whose first and last frames differ strongly.
 
-python -m wanjax.training.latent_cache --config configs/demo_stage2.py --out out/demo/clips2
+wanjax cache --config configs/demo_stage2.py --out out/demo/clips2
 python train_jax.py --config configs/demo_stage2.py
 """
 

@@ -1,6 +1,6 @@
 """The demo's second stage goes on: from its model, on more clips of the same kind.
 
-python -m wanjax.training.latent_cache --config configs/demo_stage2_long.py --out out/demo/clips2_long
+wanjax cache --config configs/demo_stage2_long.py --out out/demo/clips2_long
 python train_jax.py --config configs/demo_stage2_long.py
 """
 

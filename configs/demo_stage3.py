@@ -1,6 +1,6 @@
 """The demo's third stage: as the second, on clips that are drawn with four times the samples.
 
-python -m wanjax.training.latent_cache --config configs/demo_stage3.py --out out/demo/clips3
+wanjax cache --config configs/demo_stage3.py --out out/demo/clips3
 python train_jax.py --config configs/demo_stage3.py
 """
 

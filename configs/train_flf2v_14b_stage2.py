@@ -1,6 +1,6 @@
 """FLF2V-14B, stage 2 of 3: 480p, first and last frame given, clips whose two differ strongly, from stage 1.
 
-python -m wanjax.selection.select clips/all.jsonl --max cuts=0 --top difference=0.3 --out clips/different.jsonl
+wanjax select clips/all.jsonl --max cuts=0 --top difference=0.3 --out clips/different.jsonl
 python train_jax.py --config configs/train_flf2v_14b_stage2.py
 """
 
@@ -9,7 +9,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig()
 MESHES = {"v5p:4x4x4": "fsdp=16,ulysses=4", "v6e:8x16": "fsdp=32,ulysses=4"}
-"""For `python -m wanjax.report.memory`: the network, and good meshes by topology."""
+"""For `wanjax report`: the network, and good meshes by topology."""
 
 
 def get_config() -> TrainConfig:

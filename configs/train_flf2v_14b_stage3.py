@@ -1,6 +1,6 @@
 """FLF2V-14B, stage 3 of 3: 720p, first and last frame given, the best of those clips, from stage 2.
 
-    python -m wanjax.selection.select clips/different.jsonl --area 921600 --min resolution=720 --max clipped=0.2 \
+    wanjax select clips/different.jsonl --area 921600 --min resolution=720 --max clipped=0.2 \
         --top sharpness=0.3 --duplicates --out clips/fine.jsonl
     python train_jax.py --config configs/train_flf2v_14b_stage3.py
 
@@ -12,7 +12,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig()
 MESHES = {"v5p:4x4x4": "fsdp=16,ulysses=4", "v6e:16x16": "fsdp=32,ulysses=8"}
-"""For `python -m wanjax.report.memory`: the network, and good meshes by topology."""
+"""For `wanjax report`: the network, and good meshes by topology."""
 
 
 def get_config() -> TrainConfig:

@@ -1,6 +1,6 @@
 """A 1.3B FLF2V model, stage 2 of 3: 480p, both end frames given, clips whose two differ strongly, from stage 1.
 
-python -m wanjax.selection.select clips/all.jsonl --max cuts=0 --top difference=0.3 --out clips/different.jsonl
+wanjax select clips/all.jsonl --max cuts=0 --top difference=0.3 --out clips/different.jsonl
 python train_jax.py --config configs/train_flf2v_1_3b_stage2.py
 """
 
@@ -9,7 +9,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 MESHES = {"v6e:2x4": "fsdp=4,ulysses=2", "v5p:2x2x1": "fsdp=4"}
-"""For `python -m wanjax.report.memory`: the network, and good meshes by topology."""
+"""For `wanjax report`: the network, and good meshes by topology."""
 
 
 def get_config() -> TrainConfig:

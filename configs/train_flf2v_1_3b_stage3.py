@@ -1,6 +1,6 @@
 """A 1.3B FLF2V model, stage 3 of 3: 720p, both end frames given, the best of those clips, from stage 2.
 
-    python -m wanjax.selection.select clips/different.jsonl --area 921600 --min resolution=720 --max clipped=0.2 \
+    wanjax select clips/different.jsonl --area 921600 --min resolution=720 --max clipped=0.2 \
         --top sharpness=0.3 --duplicates --out clips/fine.jsonl
     python train_jax.py --config configs/train_flf2v_1_3b_stage3.py
 """
@@ -10,7 +10,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 MESHES = {"v6e:2x4": "fsdp=2,ulysses=4", "v5p:2x2x1": "ulysses=4"}
-"""For `python -m wanjax.report.memory`: the network, and good meshes by topology."""
+"""For `wanjax report`: the network, and good meshes by topology."""
 
 
 def get_config() -> TrainConfig:

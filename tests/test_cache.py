@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny import DIT, TRAIN, on
 
+from wanjax.commands import cache
 from wanjax.conditioning.samples import Encoded, PixelSample
 from wanjax.config import CachedData, ShapesData, TaskMix
 from wanjax.data.buckets import Order
 from wanjax.data.samples import TaskSamples
-from wanjax.demo.shapes import Shapes
+from wanjax.demo.shapes import ProceduralClips
 from wanjax.errors import InputError
 from wanjax.training import latent_cache
 
@@ -49,7 +50,7 @@ def tokens(captions):
 
 
 def write(out, encoders, config=CONFIG, **share):
-    clips = Shapes(config.data.first_seed, 5, 5, 16)
+    clips = ProceduralClips(config.data.first_seed, 5, 5, 16)
     buckets = {clips.shape(0): np.arange(5)}
     samples = TaskSamples(clips, Order(buckets, config.batch), config, tokens, 0, 0)
     with on():
@@ -81,7 +82,7 @@ def test_goes_on_where_it_was_stopped(tmp_path, reading):
     assert sorted(os.listdir(tmp_path / "c")) == sorted(os.listdir(tmp_path / "whole"))
     ours = latent_cache.CachedSamples(reading.data.path, reading, NETWORK)
     whole = latent_cache.CachedSamples(str(tmp_path / "whole"), reading, NETWORK)
-    clips = Shapes(0, 5, 5, 16)
+    clips = ProceduralClips(0, 5, 5, 16)
     for i in range(10):
         assert ours.name(i) == whole.name(i)
         np.testing.assert_array_equal(ours[i].latents, whole[i].latents)
@@ -135,7 +136,7 @@ def test_damaged_folders(tmp_path, reading):
 )
 def test_flags(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
-        latent_cache.main(["--config", "configs/train_tiny.py", "--out", str(tmp_path / "c"), *flags.split()])
+        cache.main(["--config", "configs/train_tiny.py", "--out", str(tmp_path / "c"), *flags.split()])
     assert not (tmp_path / "c").exists()
 
 
@@ -150,5 +151,5 @@ def test_clips_are_encoded_before_the_stage_before_is_trained(tmp_path):
         f"    return dataclasses.replace(stage(), data=clips, checkpoint={str(tmp_path / 'not there yet')!r})\n"
     )
     out = tmp_path / "clips"
-    latent_cache.main(["--config", str(config), "--out", str(out), "--encoders", "wanjax/demo", "--batch", "8"])
+    cache.main(["--config", str(config), "--out", str(out), "--encoders", "wanjax/demo", "--batch", "8"])
     assert json.loads((out / "index.json").read_text())["files"] == ["clips-000000.arrayrecord"]

@@ -288,16 +288,16 @@ def test_sharded_equals_unsharded(chosen, shape):
         ({"cache": "often"}, ["often", "accepted: off"]),
         (
             {"cache": "teacache:0.1"},
-            ["teacache needs measurements", "--calibration", "python -m wanjax.sampling.calibrate"],
+            ["teacache needs measurements", "--calibration", "wanjax calibrate"],
         ),
         (
             {"cache": "magcache:0.1"},
-            ["magcache needs measurements", "--calibration", "python -m wanjax.sampling.calibrate"],
+            ["magcache needs measurements", "--calibration", "wanjax calibrate"],
         ),
         ({"cfg_cache": "0"}, ["cfg-cache '0'", "--cfg-cache 2"]),
         ({"cfg_cache": "2", "guidance": 1}, ["cfg-cache 2 with guidance 1", "leave --cfg-cache out"]),
         ({"cfg_cache": "2", "mesh": "data=2,ulysses=4"}, ["cfg-cache 2 on mesh data=2", "ring or ulysses"]),
-        ({"calibration": "nowhere.json"}, ["nowhere.json", "cannot be read", "wanjax.sampling.calibrate"]),
+        ({"calibration": "nowhere.json"}, ["nowhere.json", "cannot be read", "wanjax calibrate"]),
     ],
 )
 def test_bad_switches(tmp_path, switches, words):

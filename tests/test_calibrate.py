@@ -13,6 +13,7 @@ from tiny import DIFFUSERS, DIT, GUIDANCE, SCHEDULE, flags, random_dit, random_i
 
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
+from wanjax import commands
 from wanjax.config import SampleConfig
 from wanjax.diffusion.caching import Cached, Rules, magnitude_schedule
 from wanjax.diffusion.denoise import denoise, network_input, start
@@ -36,7 +37,7 @@ def command(**changes):
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibration")
     (folder / "prompts").write_text('a red kite\n\n{"prompt": "a boat", "seed": 3}\n')
-    calibrate.main(command(prompts=folder / "prompts", prompt=None, output=folder / "c.json"))
+    commands.calibrate.main(command(prompts=folder / "prompts", prompt=None, output=folder / "c.json"))
     return folder / "c.json"
 
 
@@ -96,7 +97,7 @@ def test_the_report_says_where_the_cfg_cache_starts(measured, changes, words):
 
 def test_without_guidance(tmp_path, capsys):
     """Nothing about the CFG cache; and files from before it was measured are read, as if there had been none."""
-    calibrate.main([*command(output=tmp_path / "c.json"), "--guidance", "1", "--steps", "3"])
+    commands.calibrate.main([*command(output=tmp_path / "c.json"), "--guidance", "1", "--steps", "3"])
     out = capsys.readouterr().out
     assert "guided error" not in out
     assert "runs steps 0" in out
@@ -155,7 +156,7 @@ def test_resampled_to_other_steps(measured):
 def test_refused_for_another_run(measured, tmp_path):
     run = {"cache": "magcache:0.1", "calibration": measured, "output": tmp_path / "v.npy"}
     for changes, words in (
-        ({"shift": 3}, ["shift 5.0", "shift", "3.0", "wanjax.sampling.calibrate"]),
+        ({"shift": 3}, ["shift 5.0", "shift", "3.0", "wanjax calibrate"]),
         ({"solver": "euler"}, ["solver unipc", "euler"]),
         ({"conventions": "official"}, ["conventions diffusers", "official"]),
         ({"last_frame": None}, ["task flf2v", "i2v"]),
@@ -173,7 +174,7 @@ def test_refused_for_another_run(measured, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda v: v | {"magnitude": v["magnitude"][1:]}, ["cannot be used", "wanjax.sampling.calibrate"]),
+        (lambda v: v | {"magnitude": v["magnitude"][1:]}, ["cannot be used", "wanjax calibrate"]),
         (lambda v: v | {"sigmas": v["sigmas"][::-1]}, ["cannot be used"]),
         (lambda v: v | {"polynomial": []}, ["cannot be used"]),
         (lambda v: v | {"input_change": [float("nan")] * (STEPS - 1)}, ["cannot be used"]),
@@ -206,7 +207,7 @@ def test_damaged_files(measured, tmp_path, change, words):
 def test_bad_flags(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
-        calibrate.main(flags(DIFFUSERS, **{**RUN, **changes}))
+        commands.calibrate.main(flags(DIFFUSERS, **{**RUN, **changes}))
     assert all(word in str(caught.value) for word in words), caught.value
     assert list(tmp_path.iterdir()) == []
 
@@ -218,7 +219,7 @@ def test_bad_flags(tmp_path, monkeypatch, changes, words):
 def test_bad_prompts(tmp_path, text, words):
     (tmp_path / "prompts").write_text(text)
     with pytest.raises(InputError) as caught:
-        calibrate.read_prompts(str(tmp_path / "prompts"))
+        commands.calibrate.read_prompts(str(tmp_path / "prompts"))
     assert all(word in str(caught.value) for word in words)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: restored on any mesh, whole or not at all, refused where they do not fit."""
+"""TrainCheckpoints: restored on any mesh, whole or not at all, refused where they do not fit."""
 
 import dataclasses
 import shutil
@@ -11,7 +11,7 @@ from tiny import DIT, on
 from sharding.mesh import MeshShape
 from wanjax.config import TrainConfig
 from wanjax.errors import InputError
-from wanjax.training.checkpoint import Checkpoints
+from wanjax.training.checkpoint import TrainCheckpoints
 from wanjax.training.objectives.flow_matching import FlowMatching
 from wanjax.training.state import abstract_state
 
@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
     """A run's folder after steps 1, 2 and 3, saved from eight devices."""
     path = tmp_path_factory.mktemp("run")
     with on(SHAPE):
-        checkpoints = Checkpoints(path, keep=2)
+        checkpoints = TrainCheckpoints(path, keep=2)
         for step in (1, 2, 3):
             checkpoints.save(state_of(step), 10 * step)
         checkpoints.close()
@@ -55,7 +55,7 @@ def test_restores_on_any_mesh(saved, shape):
         expected = jax.device_get(state_of(3))
     with on(shape):
         abstract = abstract_state(CONFIG, OBJECTIVE)
-        state, position = Checkpoints(saved).restore(abstract)
+        state, position = TrainCheckpoints(saved).restore(abstract)
         assert position == 30
         for ours, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
             assert ours.sharding == wanted.sharding
@@ -66,7 +66,7 @@ def test_what_was_half_written_does_not_count(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     shutil.copytree(tmp_path / "run/checkpoints/3", tmp_path / "run/checkpoints/4.orbax-checkpoint-tmp")
     with on(SHAPE):
-        checkpoints = Checkpoints(tmp_path / "run")
+        checkpoints = TrainCheckpoints(tmp_path / "run")
         assert checkpoints.latest == 3
         checkpoints.save(state_of(4), 40)
         checkpoints.wait()
@@ -85,7 +85,9 @@ def test_what_was_half_written_does_not_count(saved, tmp_path):
 )
 def test_another_model_is_refused(saved, change, message):
     with on(SHAPE), pytest.raises(InputError, match=message) as error:
-        Checkpoints(saved).restore(abstract_state(CONFIG, FlowMatching(CONFIG, dataclasses.replace(DIT, **change))))
+        TrainCheckpoints(saved).restore(
+            abstract_state(CONFIG, FlowMatching(CONFIG, dataclasses.replace(DIT, **change)))
+        )
     assert "\n" not in str(error.value)
 
 
@@ -93,5 +95,5 @@ def test_damage_is_refused(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     (tmp_path / "run/checkpoints/3/state/_METADATA").write_text("{")
     with on(SHAPE), pytest.raises(InputError, match="cannot be read") as error:
-        Checkpoints(tmp_path / "run").restore(abstract_state(CONFIG, OBJECTIVE))
+        TrainCheckpoints(tmp_path / "run").restore(abstract_state(CONFIG, OBJECTIVE))
     assert "\n" not in str(error.value)

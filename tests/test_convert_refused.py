@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be read: every refusal by name."""
+"""TrainCheckpoints that cannot be read: every refusal by name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints onto the devices: each reads its own part, and all have the same model."""
+"""TrainCheckpoints onto the devices: each reads its own part, and all have the same model."""
 
 import contextlib
 

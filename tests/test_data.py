@@ -11,12 +11,13 @@ import pytest
 from tiny import TRAIN, on, write_config
 
 from sharding.mesh import MeshShape
+from wanjax.commands import cache
 from wanjax.config import CachedData, ShapesData, TaskMix
 from wanjax.data.batch import Batches, make_batch
 from wanjax.data.samples import draw_given, dropped
 from wanjax.errors import InputError
-from wanjax.training import checks, latent_cache
-from wanjax.training.data import open_data
+from wanjax.training import latent_cache
+from wanjax.training.objectives import make_objective
 
 CLIPS = ShapesData("all", first_seed=0, count=6)
 TASKS = TaskMix(i2v=1.0, flf2v=1.0, interpolation=1.0, caption_dropout=0.3, image_dropout=0.2, variants=2)
@@ -38,7 +39,7 @@ def cached(tmp_path_factory):
     old, latent_cache.CLIPS_PER_FILE = latent_cache.CLIPS_PER_FILE, 4
     for process in (1, 0):
         share = ["--processes", "2", "--process-id", str(process)]
-        latent_cache.main(["--config", file, "--out", str(folder / "clips"), "--batch", "3", *share])
+        cache.main(["--config", file, "--out", str(folder / "clips"), "--batch", "3", *share])
         assert (folder / "clips/index.json").exists() == (process == 0)
     latent_cache.CLIPS_PER_FILE = old
     return config
@@ -47,8 +48,8 @@ def cached(tmp_path_factory):
 def test_both_ways_give_the_same_loss(mesh, cached):
     losses = []
     for config in (CONFIG, cached):
-        objective = checks.objective(config)
-        data = open_data(config, objective)
+        objective = make_objective(config)
+        data = objective.open_data(config)
         model = objective.load()
         run = jax.jit(lambda model, batch: objective.loss(model, objective.prepare(batch, jax.random.key(0))))  # noqa: B023
         batches = Batches(data.source, config.batch, 1, encode=data.encode)  # spans the second time round
@@ -62,14 +63,14 @@ def test_both_ways_give_the_same_loss(mesh, cached):
 
 
 def test_cache_refuses_other_settings(mesh, cached):
-    objective = checks.objective(CONFIG)
+    objective = make_objective(CONFIG)
     for change in ({"frames": 9}, {"seed": 1}, {"tasks": dataclasses.replace(TASKS, flf2v=2.0)}):
         with pytest.raises(InputError, match=f"has {next(iter(change))} .* they must agree"):
-            open_data(dataclasses.replace(cached, **change), objective)
+            objective.open_data(dataclasses.replace(cached, **change))
     index = json.loads((Path(cached.data.path) / "index.json").read_text())
     assert index["buckets"] == [{"shape": [5, 32, 32], "clips": list(range(6))}]
     with pytest.raises(InputError, match=r"no index\.json"):
-        open_data(dataclasses.replace(cached, data=CachedData("tests", CLIPS)), objective)
+        objective.open_data(dataclasses.replace(cached, data=CachedData("tests", CLIPS)))
 
 
 def test_tasks_are_drawn_by_weight():
@@ -98,8 +99,8 @@ def test_dropouts_have_their_shares():
 
 
 def test_captions_are_dropped_to_the_empty_one(mesh):
-    objective = checks.objective(CONFIG)
-    data = open_data(CONFIG, objective)
+    objective = make_objective(CONFIG)
+    data = objective.open_data(CONFIG)
     empty, _ = data.encode.tokenizer([""])
     for index in itertools.islice((i for i in itertools.count() if dropped(CONFIG, i)[0]), 2):
         np.testing.assert_array_equal(data.source[index].ids, empty[0])

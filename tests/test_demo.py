@@ -6,7 +6,7 @@ import pytest
 import sample_jax
 from wanjax import demo
 from wanjax.conditioning.images import read_image
-from wanjax.demo.shapes import Shapes
+from wanjax.demo.shapes import ProceduralClips
 from wanjax.training.metrics import crossfade, nearest, psnr
 from wanjax.weights import Checkpoint
 
@@ -21,7 +21,7 @@ def video(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth():
-    return Shapes(demo.SEED, 1, 17, 64, "different")[0]
+    return ProceduralClips(demo.SEED, 1, 17, 64, "different")[0]
 
 
 def test_the_package_is_small_and_complete():

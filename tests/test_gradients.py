@@ -71,7 +71,7 @@ def results(config, shape):
             x = flow.interpolate(batch.latents, noised.noise, noised.sigma)
             x = jnp.concatenate([x, batch.control], axis=-1)
             velocity = state.model(x, flow.timestep(noised.sigma), state.model.context(batch.text, batch.image))
-            return *gradients(config, objective, state.model, noised), velocity
+            return *gradients(objective, state.model, noised), velocity
 
         loss, grads, velocity = jax.jit(run)(state, batch)
         for g, x in zip(jax.tree.leaves(grads), jax.tree.leaves(state.model), strict=True):
@@ -106,5 +106,5 @@ def test_offloaded_activations_wait_in_the_hosts_memory():
     objective = FlowMatching(config, DIT)
     with on(MeshShape()):
         state, batch = abstract_state(config, objective), make_batch(Synthetic(config, DIT), 0, config.batch)
-        program = str(jax.make_jaxpr(make_step(config, objective))(state, batch))
+        program = str(jax.make_jaxpr(make_step(objective))(state, batch))
     assert f"<host>[{DIT.num_layers},{config.batch}@" in program  # a layer's input and attention, all layers together

@@ -18,8 +18,9 @@ from tiny import PATIENCE, on
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
 from wanjax.training import loop
-from wanjax.training.checkpoint import Checkpoints
+from wanjax.training.checkpoint import TrainCheckpoints
 from wanjax.training.log import Log
+from wanjax.training.objectives import Data, Objective
 from wanjax.training.state import abstract_state, init_state
 
 CONFIG = TrainConfig(batch=2, steps=6, warmup=0, learning_rate=0.1, save_every=2)
@@ -47,10 +48,23 @@ class Guess(nnx.Module):
         self.guess = nnx.Param(jnp.zeros(1), axes=(None,))
 
 
-class Guessing:
+class Guessing(Objective):
     """Learns the mean of all samples."""
 
     unit = "numbers"
+    name = "a guess"
+
+    def __init__(self, config=CONFIG):
+        self.config = config
+
+    def load(self):
+        raise AssertionError("it starts from nothing")
+
+    def open_data(self, config, encoders=None):
+        return Data(Numbers())
+
+    def networks(self, model):
+        return {}
 
     def units(self, batch):
         return batch.value.size
@@ -74,7 +88,7 @@ def mesh():
 def run(workdir, source, validation=None, **change):
     """A run, new or gone on with, and what it wrote."""
     config, objective = dataclasses.replace(CONFIG, workdir=str(workdir), **change), Guessing()
-    checkpoints = Checkpoints(workdir, config.keep)
+    checkpoints = TrainCheckpoints(workdir, config.keep)
     if checkpoints.latest is None:
         state, position = init_state(config, objective), 0
     else:

@@ -17,9 +17,9 @@ from wanjax.data.batch import make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.training import checks
-from wanjax.training.checkpoint import Checkpoints
-from wanjax.training.export import export
+from wanjax.training.checkpoint import TrainCheckpoints
+from wanjax.training.objectives import make_objective
+from wanjax.training.objectives.flow_matching import network_to_train
 from wanjax.training.state import abstract_state, init_state, resumed
 from wanjax.training.step import gradients, train_step
 from wanjax.weights import Checkpoint, lora, save
@@ -46,8 +46,8 @@ def config(tmp_path_factory):
 def run(config):
     """On a mesh: the compiled step, the batch, the state of step 0 and that after 60 steps, with their losses."""
     with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
-        objective = checks.objective(config)
-        step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0)
+        objective = make_objective(config)
+        step = jax.jit(functools.partial(train_step, objective), donate_argnums=0)
         batch = make_batch(Synthetic(config, objective.dit, distinct=1), 0, config.batch)
         state = init_state(config, objective)
         first, losses = jax.device_get(state), []
@@ -74,16 +74,16 @@ def test_overfits_one_sample_and_leaves_the_base_as_it_is(config, run):
     _, _, first, state, losses = run
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5]), losses
     assert_same_model(state.frozen, first.frozen)
-    c = dataclasses.replace(checks.network(config))
+    c = dataclasses.replace(network_to_train(config))
     assert_same_model(state.frozen, Checkpoint(config.checkpoint).load("dit", c))
 
 
 def test_the_file_has_what_was_learned(config, run):
     """Read beside the checkpoint's weights, it is the trained network to the bit."""
     *_, state, _ = run
-    path = export(config, checks.objective(config), state.best)
+    path = make_objective(config).export(make_objective(config).eval_model(state))
     assert path.name == "lora.safetensors"
-    c = checks.network(config)
+    c = network_to_train(config)
     read = lora.load(
         Checkpoint(config.checkpoint), dataclasses.replace(c, param_dtype=jnp.float32), lora.parse([str(path)]), False
     )
@@ -95,7 +95,7 @@ def test_the_file_has_what_was_learned(config, run):
 def test_resumes_exactly_and_saves_nothing_frozen(config, run, tmp_path):
     step, batch, _, state, _ = run
     with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
-        checkpoints, objective = Checkpoints(tmp_path), checks.objective(config)
+        checkpoints, objective = TrainCheckpoints(tmp_path), make_objective(config)
         checkpoints.save(state, 60)
         checkpoints.wait()
         abstract = abstract_state(config, objective)
@@ -119,7 +119,7 @@ def test_gradients_are_the_same_on_one_device(config, remat):
     results = []
     for shape in (MeshShape(), MeshShape(data=2, ring=2, ulysses=2)):
         with on(shape):
-            objective = checks.objective(config)
+            objective = make_objective(config)
             state = init_state(config, objective)
             rng = np.random.default_rng(0)
             model = jax.tree.map(
@@ -128,7 +128,7 @@ def test_gradients_are_the_same_on_one_device(config, remat):
             batch = make_batch(Synthetic(config, objective.dit), 0, config.batch)
 
             def run(state, batch, objective=objective):
-                return gradients(config, objective, state.model, objective.prepare(batch, state.key()), state.frozen)
+                return gradients(objective, state.model, objective.prepare(batch, state.key()), state.frozen)
 
             state = dataclasses.replace(state, model=model)
             results.append(jax.device_get(jax.jit(run)(state, batch)))
@@ -162,7 +162,7 @@ def test_command_line(config, tmp_path, capsys):
 )
 def test_what_is_refused(config, changes, words):
     with pytest.raises(InputError) as caught:
-        checks.objective(dataclasses.replace(config, **changes))
+        make_objective(dataclasses.replace(config, **changes))
     assert all(word in str(caught.value) for word in words)
 
 
@@ -173,7 +173,8 @@ def test_a_wider_network_starts_from_a_checkpoint(config, tmp_path):
     for adapters in (None, config.lora):
         wider = dataclasses.replace(config, checkpoint=str(tmp_path / "t2v"), dit=DIT, lora=adapters)
         with on(MeshShape()):
-            state = init_state(wider, checks.objective(wider))
-            assert state.best.patch_embedding.kernel.shape[3] == 36
-            assert not np.any(np.asarray(state.best.blocks.cross_attention.v_image.kernel[...]))
+            objective = make_objective(wider)
+            state = init_state(wider, objective)
+            assert objective.eval_model(state).patch_embedding.kernel.shape[3] == 36
+            assert not np.any(np.asarray(objective.eval_model(state).blocks.cross_attention.v_image.kernel[...]))
         assert (state.frozen is None) == (adapters is None)

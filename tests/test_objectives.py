@@ -20,8 +20,8 @@ from wanjax.demo.shapes import VOCABULARY
 from wanjax.demo.vocabulary import vocabulary_size
 from wanjax.errors import InputError
 from wanjax.training import checks
-from wanjax.training import export as exports
-from wanjax.training.data import open_clips, open_data
+from wanjax.training.data import open_clips
+from wanjax.training.objectives import make_objective, reconstruction
 from wanjax.training.objectives.contrastive import Contrastive
 from wanjax.training.state import init_state
 from wanjax.training.step import train_step
@@ -46,10 +46,10 @@ def mesh():
 
 def learn(config, steps):
     """Losses of `steps` steps on one and the same batch, and the state behind them."""
-    objective = checks.objective(config)
-    batch = make_batch(open_data(config, objective).source, 0, config.batch)
+    objective = make_objective(config)
+    batch = make_batch(objective.open_data(config).source, 0, config.batch)
     state = init_state(config, objective)
-    step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0)
+    step = jax.jit(functools.partial(train_step, objective), donate_argnums=0)
     losses = []
     for _ in range(steps):
         state, metrics = step(state, batch)
@@ -58,11 +58,11 @@ def learn(config, steps):
 
 
 def test_vae_learns_and_is_exported_with_its_statistics(mesh, tmp_path, monkeypatch):
-    monkeypatch.setattr(exports, "CLIPS", 8)
+    monkeypatch.setattr(reconstruction, "STATISTICS_CLIPS", 8)
     config = dataclasses.replace(BASE, vae=VAE, snippet=(5, 16, 16), workdir=str(tmp_path))
     losses, objective, _, state = learn(config, 30)
     assert losses[-1] < 0.7 * losses[0]
-    path = exports.export(config, objective, state.best)
+    path = objective.export(objective.eval_model(state))
     checkpoint = Checkpoint(path)
     loaded = checkpoint.config("vae")
     assert loaded.dim_mult == VAE.dim_mult
@@ -79,8 +79,7 @@ def test_towers_learn_and_are_exported(mesh, tmp_path):
     config = dataclasses.replace(BASE, towers=TOWERS, workdir=str(tmp_path))
     losses, objective, _batch, state = learn(config, 30)
     assert losses[-1] < 0.5 * losses[0]
-    assert isinstance(objective, Contrastive)
-    path = exports.export(config, objective, state.best)
+    path = objective.export(objective.eval_model(state))
     assert Checkpoint(path).config("umt5").vocab_size == vocabulary_size(VOCABULARY)
     _ids, mask = Tokenizer(path / "tokenizer", 80)(["A red circle, zebra"])
     np.testing.assert_array_equal(mask.sum(), 6)  # with the comma and </s>
@@ -124,4 +123,4 @@ def test_contrastive_loss_is_two_cross_entropies(mesh):
 def test_refused(change, message):
     config = dataclasses.replace(BASE, workdir="unused", **change)
     with pytest.raises(InputError, match=message):
-        checks.check(config, checks.objective(config), MeshShape())
+        checks.check(config, make_objective(config), MeshShape())

@@ -9,8 +9,7 @@ from tiny import TRAIN, on
 
 from wanjax.config import ShapesData, TaskMix
 from wanjax.data.batch import make_batch
-from wanjax.training import checks, metrics
-from wanjax.training.data import open_data
+from wanjax.training.objectives import make_objective
 from wanjax.training.state import init_state
 from wanjax.training.step import train_step
 from wanjax.weights import Checkpoint
@@ -37,11 +36,11 @@ def test_one_clip_is_learned_by_heart():
     with on():
         dit = dataclasses.replace(Checkpoint(CONFIG.encoders).config("dit"), dim=128, ffn_dim=256, num_layers=2)
         config = dataclasses.replace(CONFIG, dit=dit)
-        objective = checks.objective(config)
-        data = open_data(config, objective)
+        objective = make_objective(config)
+        data = objective.open_data(config)
         batch = data.encode(make_batch(data.source, 0, config.batch))
-        step = jax.jit(functools.partial(train_step, config, objective), donate_argnums=0)
-        validate = jax.jit(functools.partial(metrics.validation_losses, objective))
+        step = jax.jit(functools.partial(train_step, objective), donate_argnums=0)
+        validate = jax.jit(objective.validation_losses)
         state = init_state(config, objective)
         before = np.mean(validate(state.model, batch))
         for _ in range(STEPS):

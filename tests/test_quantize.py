@@ -26,14 +26,15 @@ from tiny import (
 import sample_jax
 from sharding.mesh import MeshShape
 from sharding.rules import parameter_sharding
+from wanjax.commands.quantize import main
 from wanjax.config import DiTConfig, TrainConfig
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.ops.quantized import DTYPES, matmul, quantize_weight
 from wanjax.sampling.pipeline import Pipeline
-from wanjax.training import checks
+from wanjax.training.objectives.flow_matching import network_to_train
 from wanjax.weights import Checkpoint, convert, save
-from wanjax.weights.quantize import main, quantize
+from wanjax.weights.quantize import quantize
 
 CASES = [("fp8", None), ("int8", (1, 2))]
 
@@ -206,5 +207,5 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(InputError, match=f"is quantised to int8, .* not as {format}; ask for no other format"):
             checkpoint.check("dit", dataclasses.replace(checkpoint.config("dit"), quantize=format))
     with pytest.raises(InputError, match="quantised to int8, which has no gradient"):
-        checks.network(TrainConfig(checkpoint=str(tmp_path / "a")))
+        network_to_train(TrainConfig(checkpoint=str(tmp_path / "a")))
     shutil.rmtree(tmp_path / "a")

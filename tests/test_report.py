@@ -14,6 +14,7 @@ from tiny import DIT
 
 from sharding.mesh import MeshShape, make_mesh
 from sharding.xla_options import use_tpu_options
+from wanjax.commands import report
 from wanjax.config import DiTConfig, SampleConfig
 from wanjax.errors import InputError
 from wanjax.report import memory, programs
@@ -156,7 +157,7 @@ STAGES = ("train_flf2v_14b_stage1", "train_flf2v_1_3b_stage1")
 @pytest.mark.parametrize("name", CONFIGS + TRAINING + STAGES)
 def test_every_mesh_of_every_configuration(name, capsys):
     path = f"configs/{name}.py"
-    memory.main(["--config", path])
+    report.main(["--config", path])
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert path in head
     assert len(rows) == len(memory.load(path)[2]) > 0
@@ -171,7 +172,7 @@ def test_the_users_options_of_libtpu_come_last(monkeypatch):
 
 
 def test_weights_are_counted_to_the_byte(capsys):
-    memory.main(["--config", "configs/train_flf2v_14b_720p.py", "--mesh", "fsdp=16,ulysses=4"])
+    report.main(["--config", "configs/train_flf2v_14b_720p.py", "--mesh", "fsdp=16,ulysses=4"])
     header, row = (re.split(r"\s+", line.strip()) for line in capsys.readouterr().out.splitlines()[1:])
     columns = dict(zip(header, map(float, row[1:]), strict=True))
     parameters = 16_395_536_704  # tests/test_parameter_counts.py
@@ -198,15 +199,15 @@ def test_estimate_of_activations_is_near_the_compilers():
 )
 def test_bad_input(arguments, message):
     with pytest.raises(InputError, match=message) as error:
-        memory.main(arguments)
+        report.main(arguments)
     assert "\n" not in str(error.value)
 
 
 def test_8_bits_are_counted(capsys):
     weights = []
     for flags in ([], ["--quantize", "fp8"]):
-        memory.main(["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=2,ulysses=4", *flags])
+        report.main(["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=2,ulysses=4", *flags])
         weights.append(float(capsys.readouterr().out.splitlines()[2].split()[1]))
     assert 0.5 * weights[0] <= weights[1] <= 0.6 * weights[0]
     with pytest.raises(InputError, match="a config for sampling"):
-        memory.main(["--config", "configs/train_flf2v_14b_720p.py", "--quantize", "fp8"])
+        report.main(["--config", "configs/train_flf2v_14b_720p.py", "--quantize", "fp8"])

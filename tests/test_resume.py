@@ -13,11 +13,13 @@ from tiny import TRAIN, on, values, write_config
 
 import train_jax
 from sharding.mesh import MeshShape
+from wanjax.commands import cache
 from wanjax.config import CachedData, ShapesData, TaskMix
-from wanjax.training import checks, latent_cache, loop
+from wanjax.training import loop
 from wanjax.training import step as steps
-from wanjax.training.checkpoint import Checkpoints
+from wanjax.training.checkpoint import TrainCheckpoints
 from wanjax.training.export import rounded
+from wanjax.training.objectives import make_objective
 from wanjax.training.state import abstract_state
 from wanjax.weights import Checkpoint
 
@@ -44,7 +46,7 @@ def configs(tmp_path_factory):
     files = {"pixels": write_config(folder / "pixels.py", CONFIG)}
     cached = dataclasses.replace(CONFIG, data=CachedData(str(folder / "clips"), CLIPS))
     files["cached"] = write_config(folder / "cached.py", cached)
-    latent_cache.main(["--config", files["cached"], "--out", str(folder / "clips"), "--batch", "8"])
+    cache.main(["--config", files["cached"], "--out", str(folder / "clips"), "--batch", "8"])
     return files
 
 
@@ -55,9 +57,9 @@ def compiled():
 
     @functools.cache
     def make():
-        return steps.make_step(CONFIG, objective)
+        return steps.make_step(objective)
 
-    def make_step(config, given):
+    def make_step(given):
         nonlocal objective
         objective = objective or dataclasses.replace(given, config=CONFIG)
         return make()
@@ -100,8 +102,8 @@ def test_stopped_and_started_again(configs, compiled, monkeypatch, tmp_path, dat
 def assert_average_is_exported(workdir):
     """`model` has the averaged weights of the last checkpoint, and these are not the weights."""
     with on(MeshShape(data=8)):
-        checkpoints = Checkpoints(workdir)
-        state, _ = checkpoints.restore(abstract_state(CONFIG, checks.objective(CONFIG)))
+        checkpoints = TrainCheckpoints(workdir)
+        state, _ = checkpoints.restore(abstract_state(CONFIG, make_objective(CONFIG)))
         checkpoints.close()
     assert int(state.step) == CONFIG.steps
     exported = Checkpoint(workdir / "model")

@@ -10,9 +10,10 @@ import PIL.Image
 import pytest
 from tiny import DIFFUSERS
 
+from wanjax import commands
 from wanjax.data.manifest import read_manifest, write_manifest
 from wanjax.data.videos import Videos
-from wanjax.demo.shapes import Shapes, caption
+from wanjax.demo.shapes import ProceduralClips, caption
 from wanjax.errors import InputError
 from wanjax.media import write_video
 from wanjax.selection import select
@@ -96,7 +97,7 @@ def test_clip_distance():
 
 def test_the_procedural_set_can_be_scored():
     count = 12
-    clips = Shapes(0, count, frames=9, size=48)
+    clips = ProceduralClips(0, count, frames=9, size=48)
     still = [i for i in range(count) if "drifts" in caption(i)]
     assert still
     scores = [score(clips[i].video, 16) for i in range(count)]
@@ -180,7 +181,7 @@ def folder(tmp_path):
 
 
 def run(*arguments):
-    select.main(["--frames", "9", "--area", str(64 * 96), "--threads", "2", *map(str, arguments)])
+    commands.select.main(["--frames", "9", "--area", str(64 * 96), "--threads", "2", *map(str, arguments)])
 
 
 def test_command(folder, capsys):

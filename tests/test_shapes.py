@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from wanjax.demo.shapes import SHAPES, VOCABULARY, Shapes, caption, describe, draw_scene, render
+from wanjax.demo.shapes import SHAPES, VOCABULARY, ProceduralClips, caption, describe, draw_scene, render
 from wanjax.errors import InputError
 
 
@@ -14,7 +14,7 @@ def psnr(video, other):
 
 
 def test_a_clip_is_a_function_of_its_seed():
-    clips, later = Shapes(10, 20), Shapes(15, 5)
+    clips, later = ProceduralClips(10, 20), ProceduralClips(15, 5)
     for i in (4, 0, 2):
         ours, theirs = later[i], clips[5 + i]
         assert ours.name == theirs.name
@@ -36,7 +36,7 @@ def test_ends_do_not_tell_what_lies_between():
     fades, nearest = [], []
     time = np.linspace(0, 1, 17)[:, None, None, None]
     for i in range(16):
-        video = Shapes(0, 16, kind="different")[i].video
+        video = ProceduralClips(0, 16, kind="different")[i].video
         first, last = video[0].astype(float), video[-1].astype(float)
         fades.append(psnr(video[1:-1], (first + (last - first) * time)[1:-1]))
         nearest.append(psnr(video[1:-1], np.where(time < 0.5, first, last)[1:-1]))
@@ -46,7 +46,7 @@ def test_ends_do_not_tell_what_lies_between():
 
 def test_different_clips_differ_more_between_their_ends():
     def changes(kind):
-        videos = [Shapes(0, 32, frames=2, kind=kind)[i].video for i in range(32)]
+        videos = [ProceduralClips(0, 32, frames=2, kind=kind)[i].video for i in range(32)]
         return np.array([np.mean(np.abs(v[0].astype(float) - v[-1])) for v in videos])
 
     assert np.sum(changes("different") < 6) == 0
@@ -62,7 +62,7 @@ def test_the_caption_tells_the_way():
 
 
 def test_fine_clips_are_the_different_ones_drawn_better():
-    different, fine = Shapes(3, 1, kind="different")[0], Shapes(3, 1, kind="fine")[0]
+    different, fine = ProceduralClips(3, 1, kind="different")[0], ProceduralClips(3, 1, kind="fine")[0]
     assert different.caption == fine.caption
     assert psnr(different.video, fine.video) > 30
     assert not np.array_equal(different.video, fine.video)
@@ -89,7 +89,7 @@ def test_centres_stay_inside_whichever_way_they_bend():
 
 
 def test_end_and_other_sizes():
-    clips = Shapes(0, 3, frames=5, size=48)
+    clips = ProceduralClips(0, 3, frames=5, size=48)
     assert len(clips) == 3
     assert clips[2].video.shape == (5, 48, 48, 3)
     for index in (-1, 3):
@@ -103,7 +103,7 @@ def test_end_and_other_sizes():
 )
 def test_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        Shapes(0, 1, **arguments)
+        ProceduralClips(0, 1, **arguments)
 
 
 def test_a_new_shape_is_in_no_other_kind():
@@ -112,7 +112,9 @@ def test_a_new_shape_is_in_no_other_kind():
         assert {figure.shape for figure in hearts.figures} == {"heart"}
         assert {figure.shape for figure in others.figures} <= set(SHAPES)
         assert [f._replace(shape="", beat=0) for f in hearts.figures] == [f._replace(shape="") for f in others.figures]
-        assert not np.array_equal(Shapes(seed, 1, kind="heart")[0].video, Shapes(seed, 1, kind="different")[0].video)
+        assert not np.array_equal(
+            ProceduralClips(seed, 1, kind="heart")[0].video, ProceduralClips(seed, 1, kind="different")[0].video
+        )
 
 
 def test_a_heart_beats_between_the_end_frames():

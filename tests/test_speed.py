@@ -1,5 +1,7 @@
 """Operations against programs and networks whose count is known."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,8 +9,8 @@ from tiny import on
 
 from sharding.mesh import MeshShape
 from wanjax.conditioning.samples import Encoded
-from wanjax.config import DiTConfig, TrainConfig
-from wanjax.training import checks
+from wanjax.config import DiTConfig, LoRAConfig, TrainConfig
+from wanjax.training.objectives import make_objective
 from wanjax.training.speed import operations, peak, step_operations
 
 
@@ -30,14 +32,16 @@ def test_operations_of_loops_convolutions_and_branches():
 def test_a_step_of_the_full_model_on_a_mesh():
     """A forward of 75,600 tokens takes 6.55 PFLOP, 71% of which are self-attention: 4 x 40 x 75600^2 x 5120."""
     config = TrainConfig(dit=DiTConfig(), height=720, width=1280, frames=81, batch=2, remat="block")
-    objective = checks.objective(config)
+    objective = make_objective(config)
     shapes = ((2, 21, 90, 160, 16), (2, 512, 4096), (2, 514, 1280), (2, 21, 90, 160, 20))
     batch = Encoded(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
     assert objective.unit == "tokens"
     assert objective.units(batch) == 2 * 75600
     with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
         count = step_operations(objective, batch)
-        assert step_operations(objective, batch, frozen=True) == count / 3 * 2
+        adapters = dataclasses.replace(objective, config=dataclasses.replace(config, lora=LoRAConfig(rank=1)))
+        beside = step_operations(adapters, batch)
+        assert beside == pytest.approx(count / 3 * 2, rel=1e-3)  # and what adapters of rank 1 take
     assert count / 6 == pytest.approx(6.55e15, rel=0.01)
     assert 4 * 40 * 75600**2 * 5120 / (count / 6) == pytest.approx(0.71, abs=0.01)
     one = Encoded(*(jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in batch))

@@ -15,8 +15,10 @@ from wanjax.data.batch import Batches, make_batch
 from wanjax.data.synthetic import Synthetic
 from wanjax.errors import InputError
 from wanjax.training import checks
+from wanjax.training.objectives import make_objective
 from wanjax.training.objectives.flow_matching import FlowMatching
-from wanjax.training.state import abstract_state, init_state, make_optimizer
+from wanjax.training.optimizer import make_optimizer
+from wanjax.training.state import abstract_state, init_state
 from wanjax.training.step import train_step
 
 CONFIG = dataclasses.replace(TRAIN, dit=DIT, accumulate=2, learning_rate=1e-2, ema_decay=0.9, dtype="bfloat16")
@@ -31,11 +33,11 @@ def mesh():
 @pytest.fixture(scope="module")
 def run(mesh):
     """A compiled step in bfloat16, and the state of step 0 on the host, as the step overwrites what it is given."""
-    objective = checks.objective(CONFIG)
+    objective = make_objective(CONFIG)
     assert objective.dit.dtype == jnp.bfloat16
     state = init_state(CONFIG, objective)
     batch = make_batch(Synthetic(CONFIG, objective.dit, distinct=1), 0, CONFIG.batch)
-    train = functools.partial(train_step, CONFIG, objective)
+    train = functools.partial(train_step, objective)
     step = jax.jit(train, donate_argnums=0)
     return step, state, jax.device_get(state), batch
 
@@ -46,7 +48,7 @@ def place(host, like):
 
 def test_state_is_sharded_from_the_start(mesh, run):
     _, _, host, _ = run
-    abstract = abstract_state(CONFIG, checks.objective(CONFIG))
+    abstract = abstract_state(CONFIG, make_objective(CONFIG))
     arrays = [leaf for leaf in jax.tree.leaves(abstract) if leaf.ndim]
     assert all(leaf.dtype == jnp.float32 for leaf in arrays)
     assert len(arrays) == 4 * len(jax.tree.leaves(host.model))  # weights, their average and two moments
@@ -56,7 +58,7 @@ def test_state_is_sharded_from_the_start(mesh, run):
 
 def test_overfits_one_sample(mesh, run):
     step, _, host, batch = run
-    state = place(host, abstract_state(CONFIG, checks.objective(CONFIG)))
+    state = place(host, abstract_state(CONFIG, make_objective(CONFIG)))
     losses = []
     for _ in range(60):
         before = state
@@ -66,7 +68,7 @@ def test_overfits_one_sample(mesh, run):
     assert all(x.is_deleted() for x in jax.tree.leaves(before.model))  # donated
     assert int(state.step) == 60
     for new, old in zip(
-        jax.tree.leaves(state), jax.tree.leaves(abstract_state(CONFIG, checks.objective(CONFIG))), strict=True
+        jax.tree.leaves(state), jax.tree.leaves(abstract_state(CONFIG, make_objective(CONFIG))), strict=True
     ):
         assert new.sharding == old.sharding
         assert new.dtype == old.dtype
@@ -75,7 +77,7 @@ def test_overfits_one_sample(mesh, run):
 
 def test_a_step_that_is_not_finite_changes_nothing(mesh, run):
     step, _, host, batch = run
-    state = place(host, abstract_state(CONFIG, checks.objective(CONFIG)))
+    state = place(host, abstract_state(CONFIG, make_objective(CONFIG)))
     state, metrics = step(state, batch._replace(text=batch.text * jnp.nan))
     assert not metrics.finite
     for new, old in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(host), strict=True):
@@ -154,7 +156,7 @@ def test_the_average_follows_its_formula(mesh, run, start):
     average = [np.float64(x) for x in jax.tree.leaves(host.model)]
     for ours, wanted in zip(jax.tree.leaves(host.ema), average, strict=True):
         np.testing.assert_array_equal(ours, wanted)
-    state = place(host, abstract_state(CONFIG, checks.objective(CONFIG)))
+    state = place(host, abstract_state(CONFIG, make_objective(CONFIG)))
     state = dataclasses.replace(state, step=jax.device_put(np.int32(start), state.step.sharding))
     for n in range(start, start + 4):
         state, _ = step(state, batch)
@@ -166,17 +168,18 @@ def test_the_average_follows_its_formula(mesh, run, start):
             np.testing.assert_allclose(x, wanted, rtol=1e-5, atol=1e-6)
         assert max(np.abs(x - new).max() for x, new in zip(ours, weights, strict=True)) > 5e-4  # steps are of 1e-2
     assert decay == (0.9 if start else 4 / 13)
-    assert state.best is state.ema
-    assert dataclasses.replace(state, ema=None).best is state.model
+    objective = make_objective(CONFIG)
+    assert objective.eval_model(state) is state.ema
+    assert objective.eval_model(dataclasses.replace(state, ema=None)) is state.model
 
 
 def test_muon_updates_kernels_and_leaves_the_mesh_alone(mesh, run):
     """Every kernel's update is orthogonal: its singular values are about as large as one another."""
     _, _, _host, batch = run
     config = dataclasses.replace(CONFIG, optimizer="muon", learning_rate=0.02, weight_decay=0.0)
-    objective = checks.objective(config)
+    objective = make_objective(config)
     state = init_state(config, objective)
-    step = jax.jit(functools.partial(train_step, config, objective))
+    step = jax.jit(functools.partial(train_step, objective))
     new, metrics = step(state, batch)
     assert metrics.finite
     assert [x.sharding for x in jax.tree.leaves(new)] == [x.sharding for x in jax.tree.leaves(state)]

@@ -16,12 +16,12 @@ from sharding.rules import constrain
 from wanjax.conditioning.frames import to_pixels
 from wanjax.config import CachedData, ShapesData, TaskMix, VAEConfig
 from wanjax.data.batch import make_batch
-from wanjax.demo.shapes import Shapes
+from wanjax.demo.shapes import ProceduralClips
 from wanjax.errors import InputError
 from wanjax.training import checks, metrics
-from wanjax.training.data import Data, open_data
 from wanjax.training.log import Log
-from wanjax.training.objectives.flow_matching import Noised
+from wanjax.training.objectives import Data, make_objective
+from wanjax.training.objectives.flow_matching import SIGMAS, Noised
 from wanjax.training.validation import open_validation
 
 CONFIG = dataclasses.replace(
@@ -47,19 +47,19 @@ def mesh():
 
 def test_losses_and_samples_of_the_dit(mesh, tmp_path):
     config = dataclasses.replace(CONFIG, workdir=str(tmp_path))
-    objective = checks.objective(config)
-    validation = open_validation(config, objective, open_data(config, objective))
+    objective = make_objective(config)
+    validation = open_validation(config, objective, objective.open_data(config))
     model = objective.load()
     with Log(tmp_path, 0) as log:
         assert validation(1, model, log) == {}
         losses, everything = validation(2, model, log), validation(4, model, log)
     assert {name: everything[name] for name in losses} == losses  # the same clips and noise
-    assert len(losses) == 1 + len(metrics.SIGMAS)
+    assert len(losses) == 1 + len(SIGMAS)
 
     # By definition: batches of two clips, nothing dropped, noise of the batch's number.
     tasks = dataclasses.replace(config.tasks, caption_dropout=0.0, image_dropout=0.0)
     held_out = dataclasses.replace(config, data=config.validation, tasks=tasks, batch=2)
-    data = open_data(held_out, objective)
+    data = objective.open_data(held_out)
     sigma = jax.jit(lambda: constrain(jnp.full(2, 0.6), "batch"))()
     loss = jax.jit(lambda model, batch, noise: objective.loss(model, Noised(batch, noise, sigma)))
     found = []
@@ -72,7 +72,7 @@ def test_losses_and_samples_of_the_dit(mesh, tmp_path):
     with av.open(str(tmp_path / "samples/000004.mp4")) as file:
         shown = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
     assert np.stack(shown).shape == (5, 2 * 32, 2 * 32, 3)
-    clips = Shapes(100, 5, 5, 32, "different")
+    clips = ProceduralClips(100, 5, 5, 32, "different")
     truth = validation.sampler.truth[1]
     assert any(np.array_equal(truth, clips[i].video) for i in range(5))
     assert metrics.psnr(np.stack(shown)[:, 32:, :32], truth) > 20  # on the left the true clips
@@ -84,7 +84,7 @@ def test_losses_and_samples_of_the_dit(mesh, tmp_path):
 def test_loss_of_a_vae(mesh, tmp_path):
     change = {"checkpoint": None, "vae": VAE, "snippet": (5, 16, 16), "sample_every": 0, "kl_weight": 0.0}
     config = dataclasses.replace(CONFIG, workdir=str(tmp_path), **change)
-    objective = checks.objective(config)
+    objective = make_objective(config)
 
     @jax.tree_util.register_static
     class Grey:
@@ -115,11 +115,11 @@ def test_loss_of_a_vae(mesh, tmp_path):
 def test_refused(change, message):
     config = dataclasses.replace(CONFIG, workdir="unused", **change)
     with pytest.raises(InputError, match=message):
-        checks.check(config, checks.objective(config), MeshShape())
+        checks.check(config, make_objective(config), MeshShape())
 
 
 def test_samples_without_encoders_are_refused(mesh):
-    objective = checks.objective(CONFIG)
+    objective = make_objective(CONFIG)
     held_out = CachedData("nowhere", of=CONFIG.validation)
     config = dataclasses.replace(CONFIG, checkpoint=None, dit=objective.dit, validation=held_out, validate_every=0)
     with pytest.raises(InputError, match="no encoders; a checkpoint with vae, umT5 and CLIP is needed"):

@@ -9,10 +9,10 @@ import pytest
 from tiny import TRAIN, on, write_config
 from tiny_videos import encode, gray, sound
 
+from wanjax.commands import cache
 from wanjax.config import CachedData, TaskMix, VideoData
 from wanjax.data.batch import Batches
-from wanjax.training import checks, latent_cache
-from wanjax.training.data import open_data
+from wanjax.training.objectives import make_objective
 
 LEVELS = {"even.mp4": 60, "odd.mp4": 100, "other.mp4": 140, "short.mp4": 180, "unsteady.mp4": 220}
 """Grey of the files that can be used."""
@@ -69,12 +69,12 @@ def test_both_ways_give_the_same_samples(folder, tmp_path, monkeypatch, capsys, 
     pixels = config(VideoData(str(folder)))
     cached = config(CachedData(str(tmp_path / "cache"), pixels.data))
     config_file = write_config(tmp_path / "config.py", cached)
-    latent_cache.main(["--config", config_file, "--out", cached.data.path, "--batch", "4"])
+    cache.main(["--config", config_file, "--out", cached.data.path, "--batch", "4"])
     said()
 
     with on():
-        objective = checks.objective(pixels)
-        direct, stored = open_data(pixels, objective), open_data(cached, objective)
+        objective = make_objective(pixels)
+        direct, stored = objective.open_data(pixels), objective.open_data(cached)
         seen, given = set(), set()
         for number, (ours, theirs) in enumerate(
             zip(*(Batches(data.source, 4, encode=data.encode) for data in (direct, stored)), strict=False)

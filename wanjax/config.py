@@ -1,4 +1,7 @@
-"""Frozen dataclasses: one per network, one for sampling. They hold sizes and numerics, never a mesh or a path trick.
+"""Frozen dataclasses: one per network, one for sampling, one for training. Settings, and nothing that they do.
+
+A field of `SampleConfig` and `TrainConfig` carries its own sentence, and the heading under which `--help` and the
+README show its flag: `setting` is the one place for all of that.
 
 `dtype` is what activations are computed in, `param_dtype` what the large weights are stored in. Norms, modulation,
 RoPE, softmax statistics and solvers are float32 whatever these say.
@@ -9,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import runpy
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -19,6 +22,22 @@ from wanjax.errors import InputError
 T = TypeVar("T")
 Attention = Literal["auto", "reference", "flash", "int8fp8"]
 """Which kernel self-attention takes; see `wanjax.ops.attention.kernel`."""
+
+
+def setting(default: Any, help: str, group: str | None = None, *, metavar: str | None = None, shown: str = "") -> Any:
+    """A field of a configuration.
+
+    Args:
+      default: its value where nothing is said.
+      help: a sentence that says what it is.
+      group: heading under which its flag stands; None: it has no flag, a configuration file sets it.
+      metavar: how the flag's value is called.
+      shown: what help says of a default that does not speak for itself.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "group": group, "metavar": metavar, "shown": shown}
+    )
+
 
 # Statistics of the 16 latent channels of the published Wan2.1 VAE (Wan2.1 `wan/modules/vae.py`).
 # fmt: off
@@ -147,42 +166,118 @@ class CLIPConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Everything `sample_jax.py` needs; its flags are these fields.
+    """Everything that sampling needs; `wanjax sample`'s flags are these fields.
 
-    None means: taken from the checkpoint or from the given frames, as the comment says.
+    `first_frame` and `last_frame` are paths; from Python also PIL images or uint8 arrays `[H, W, 3]`. `mesh` is text
+    for `sharding.mesh.parse_mesh`, or a mesh.
     """
 
-    checkpoint: str | None = None  # folder in the Diffusers or the official layout
-    first_frame: str | None = None
-    last_frame: str | None = None
-    prompt: str = ""
-    negative_prompt: str | None = None  # None: the official one of the checkpoint's task
-    output: str = "out/video.mp4"  # .mp4 .gif .npy, or a folder of .png
-    height: int | None = None  # None: from the first frame's aspect ratio at `area`; 16:9 without frames
-    width: int | None = None
-    area: int = 720 * 1280  # pixels of a frame
-    frames: int = 81
-    fps: float = 16
-    steps: int = 50
-    guidance: float = 5.0
-    shift: float | None = None  # None: the checkpoint's; official layout: 16 for flf2v, 5 for i2v and t2v
-    solver: Literal["unipc", "dpmpp", "euler"] = "unipc"
-    seed: int = 0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    conventions: Literal["official", "diffusers"] = "official"
-    initial_noise: str | None = None  # .npy [1, 16, f, h, w]
-    save_latents: str | None = None  # .npy [1, 16, f, h, w]
-    mesh: str | None = None  # as `sharding.mesh.parse_mesh` takes it; None: `sharding.mesh.sampling_mesh` chooses
-    quantize: Literal["off", "fp8", "int8"] | None = None  # of the DiT's blocks; None: as the checkpoint is
-    attention: Attention = "auto"  # of the DiT's self-attention; see `wanjax.ops.attention.kernel`
-    cache: str | None = None  # off, fixed:K, teacache:T or magcache:T; see `wanjax.diffusion.caching`; None: off
-    cfg_cache: str | None = None  # off, or K: the unconditional branch at every K-th step; None: off
-    calibration: str | None = None  # file of `python -m wanjax.sampling.calibrate`, for teacache and magcache
-    fast: bool = False  # `wanjax.diffusion.caching.FAST` where the three above are None
-    lora: tuple[str, ...] = ()  # PATH or PATH:strength each; see `wanjax.weights.lora`
-    lora_merge: bool | None = None  # into the weights; None: if these are not stored in 8 bits
-    compile_cache: str | None = None  # folder, or off; None: see `wanjax.sampling.compile_cache.cache_folder`
-    note: str | None = None  # printed before sampling
+    checkpoint: str | None = setting(
+        None,
+        "folder in the Diffusers or the official layout, or a name on the Hugging Face hub",
+        "inputs",
+        metavar="DIR",
+        shown="the small model that ships with the package",
+    )
+    first_frame: str | Any | None = setting(
+        None, "picture that the video begins with", "inputs", metavar="FILE", shown="none: text to video"
+    )
+    last_frame: str | Any | None = setting(
+        None, "picture that the video ends with", "inputs", metavar="FILE", shown="none: image to video"
+    )
+    prompt: str = setting("", "what happens", "inputs", metavar="TEXT")
+    negative_prompt: str | None = setting(
+        None, "what to avoid", "inputs", metavar="TEXT", shown="the official list of the task"
+    )
+    lora: tuple[str, ...] = setting(
+        (),
+        "adapters in diffusers', ComfyUI's or kohya's format, as often as you like",
+        "inputs",
+        metavar="FILE[:STRENGTH]",
+    )
+    lora_merge: bool | None = setting(
+        None, "adapters into the weights, or beside them", "inputs", shown="into them, unless they are stored in 8 bits"
+    )
+    output: str = setting(
+        "out/video.mp4", ".mp4, .gif, .npy (uint8 [f, h, w, 3]) or a folder for .png files", "output", metavar="PATH"
+    )
+    save_latents: str | None = setting(
+        None, "also write the final latents, normalised: .npy [1, 16, f, h, w]", "output", metavar="FILE"
+    )
+    fps: float = setting(16, "frames a second of the file", "output")
+    height: int | None = setting(
+        None, "pixels, a multiple of 16", "video", shown="the first frame's aspect ratio at the configured area"
+    )
+    width: int | None = setting(None, "pixels, a multiple of 16", "video", shown="likewise")
+    area: int = setting(720 * 1280, "pixels of a frame, where height or width are not given")
+    frames: int = setting(81, "number of frames, 4n + 1", "video")
+    steps: int = setting(50, "solver steps", "sampling")
+    solver: Literal["unipc", "dpmpp", "euler"] = setting("unipc", "UniPC, DPM-Solver++ or Euler", "sampling")
+    guidance: float = setting(5.0, "classifier-free guidance scale; 1 turns it off and halves the time", "sampling")
+    shift: float | None = setting(
+        None, "timestep shift", "sampling", shown="the checkpoint's, or 16 with both frames and 5 else"
+    )
+    seed: int = setting(0, "of the initial noise", "sampling")
+    initial_noise: str | None = setting(
+        None, "noise in place of the seed's: .npy [1, 16, f, h, w]", "sampling", metavar="FILE"
+    )
+    conventions: Literal["official", "diffusers"] = setting(
+        "official",
+        "whose schedule and preprocessing; the published models were trained with the official ones",
+        "sampling",
+    )
+    fast: bool = setting(
+        False, "the caches that lose nothing visible: fixed:2 and, with guidance, cfg-cache 2", "speed"
+    )
+    cache: str | None = setting(
+        None,
+        "run the DiT's blocks at some steps only: off, fixed:K, teacache:T or magcache:T",
+        "speed",
+        metavar="KIND",
+        shown="off",
+    )
+    cfg_cache: str | None = setting(
+        None,
+        "run the unconditional branch at every K-th step of the later part only",
+        "speed",
+        metavar="K",
+        shown="off",
+    )
+    calibration: str | None = setting(
+        None,
+        "what wanjax calibrate measured of this checkpoint; teacache and magcache need it, cfg-cache starts by it",
+        "speed",
+        metavar="FILE",
+    )
+    quantize: Literal["off", "fp8", "int8"] | None = setting(
+        None,
+        "format of the weights and products of the DiT's blocks; int8 is for chips without fp8",
+        "speed",
+        shown="as the checkpoint is",
+    )
+    attention: Attention = setting(
+        "auto",
+        "kernel of the DiT's self-attention; auto: the best exact one; int8fp8: in 8 bits",
+        "speed",
+    )
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16", "of weights and activations; the VAE is float32", "devices"
+    )
+    mesh: str | Any | None = setting(
+        None,
+        "devices along data, fsdp, ring, ulysses, such as fsdp=4,ulysses=2 (-1: what is left)",
+        "devices",
+        metavar="AXES",
+        shown="chosen for the devices that there are",
+    )
+    compile_cache: str | None = setting(
+        None,
+        "folder of compiled programs, or off",
+        "devices",
+        metavar="DIR",
+        shown="WANJAX_COMPILE_CACHE, or ~/.cache/wanjax",
+    )
+    note: str | None = setting(None, "printed before sampling")
 
 
 NETWORK_FIELDS = ("checkpoint", "dtype", "quantize", "attention", "mesh", "lora", "lora_merge", "compile_cache")
@@ -283,7 +378,7 @@ class TowersConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything `train_jax.py` needs; its flags are some of these fields.
+    """Everything that training needs; `wanjax train`'s flags are some of these fields.
 
     The learning rate and the weight decay are the paper's (arXiv 2503.20314); mean, standard deviation and shift of the
     timesteps were not published.
@@ -291,52 +386,72 @@ class TrainConfig:
     What is trained is the one of `dit`, `vae` and `towers` that is given; without any, the checkpoint's DiT.
     """
 
-    workdir: str | None = None  # checkpoints and metrics; a run that finds some there goes on from them
-    checkpoint: str | None = None  # weights to start from, in the Diffusers or the official layout
-    encoders: str | None = None  # checkpoint whose VAE, umT5 and CLIP encode the clips; None: as `checkpoint`
-    dit: DiTConfig | None = None  # the network: with random weights, or, of a checkpoint with fewer inputs, widened
-    lora: LoRAConfig | None = None  # train adapters beside the checkpoint's DiT, which stays as it is
-    vae: VAEConfig | None = None
-    towers: TowersConfig | None = None
-    mesh: str = "fsdp=-1"  # as `sharding.mesh.parse_mesh` takes it
-    data: Data = SyntheticData()
-    tasks: TaskMix = TaskMix(flf2v=1.0)
-    height: int = 480  # pixels
-    width: int = 832
-    frames: int = 81
-    batch: int = 1  # samples in an optimiser step, over all hosts
-    accumulate: int = 1  # parts that a batch is computed in, one after the other
-    steps: int = 1000
-    seed: int = 0
-    learning_rate: float = 1e-4
-    warmup: int = 100  # steps over which the learning rate rises from 0
-    cooldown: int = 0  # last steps, over which it falls to 0
-    optimizer: Literal["adamw", "muon"] = "adamw"  # see `wanjax.training.state.make_optimizer`
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 1e-3  # of kernels only
-    clip_norm: float = 1.0  # of all gradients together
-    ema_decay: float | None = None  # of the moving average of the weights; None: there is none
-    snippet: tuple[int, int, int] = (
-        17,
-        256,
-        256,
-    )  # VAE: frames (4n + 1), height and width that it learns from at a time
-    kl_weight: float = 1e-4  # VAE: of the latents' divergence from N(0, 1), per latent number
-    sigma_mean: float = 0.0  # of the normal under the sigmoid, see `wanjax.diffusion.flow`
-    sigma_std: float = 1.0
-    shift: float = 3.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations; weights and optimiser are float32
-    remat: Remat = "block"
-    save_every: int = 500  # steps
-    keep: int = 2  # newest checkpoints that stay
-    validation: Data | None = None  # held-out clips
-    validate_every: int = 0  # steps between validation losses; 0: never
-    validation_batches: int = 2  # of `batch / accumulate` samples
-    sample_every: int = 0  # steps between samples of held-out clips; 0: never
-    sample_clips: int = 4
-    sample_steps: int = 20  # of the solver, with `shift`
-    guidance: float = 5.0  # of the samples; 1: none
+    workdir: str | None = setting(
+        None,
+        "folder of checkpoints, metrics and samples; a run that finds some there goes on from them",
+        "run",
+        metavar="DIR",
+    )
+    checkpoint: str | None = setting(
+        None,
+        "weights to start from: a folder in the Diffusers or the official layout",
+        "run",
+        metavar="DIR",
+        shown="random",
+    )
+    encoders: str | None = setting(
+        None, "checkpoint whose VAE, umT5 and CLIP encode the clips", "run", metavar="DIR", shown="that of --checkpoint"
+    )
+    dit: DiTConfig | None = setting(
+        None, "the DiT to train: with random weights, or, of a checkpoint with fewer inputs, widened"
+    )
+    lora: LoRAConfig | None = setting(None, "train adapters beside the checkpoint's DiT, which stays as it is")
+    vae: VAEConfig | None = setting(None, "the VAE to train")
+    towers: TowersConfig | None = setting(None, "the text encoder and CLIP tower to train")
+    mesh: str = setting(
+        "fsdp=-1",
+        "devices along data, fsdp, ring, ulysses, such as data=2,ulysses=-1 (-1: what is left)",
+        "devices",
+        metavar="AXES",
+    )
+    data: Data = setting(SyntheticData(), "the clips to learn from")
+    tasks: TaskMix = setting(TaskMix(flf2v=1.0), "which frames of a clip the network is given, by weight")
+    height: int = setting(480, "pixels of the clips, a multiple of 16")
+    width: int = setting(832, "pixels of the clips, a multiple of 16")
+    frames: int = setting(81, "frames of the clips, 4n + 1")
+    batch: int = setting(1, "samples in an optimiser step, over all hosts", "steps")
+    accumulate: int = setting(1, "parts that a batch is computed in, one after the other", "steps")
+    steps: int = setting(1000, "last step", "steps")
+    seed: int = setting(0, "of data order, noise and random weights", "steps")
+    learning_rate: float = setting(1e-4, "after the warm-up", "steps")
+    warmup: int = setting(100, "steps over which the learning rate rises from 0")
+    cooldown: int = setting(0, "last steps, over which the learning rate falls to 0")
+    optimizer: Literal["adamw", "muon"] = setting("adamw", "AdamW or Muon, see wanjax.training.state.make_optimizer")
+    beta1: float = setting(0.9, "decay of Adam's first moment")
+    beta2: float = setting(0.999, "decay of Adam's second moment")
+    weight_decay: float = setting(1e-3, "of kernels only")
+    clip_norm: float = setting(1.0, "largest norm of all gradients together")
+    ema_decay: float | None = setting(None, "of the moving average of the weights; None: there is none")
+    snippet: tuple[int, int, int] = setting(
+        (17, 256, 256), "frames (4n + 1), height and width that a VAE learns from at a time"
+    )
+    kl_weight: float = setting(1e-4, "of the divergence of a VAE's latents from N(0, 1), per latent number")
+    sigma_mean: float = setting(0.0, "of the normal under the sigmoid of noise levels, see wanjax.diffusion.flow")
+    sigma_std: float = setting(1.0, "of the same, its deviation")
+    shift: float = setting(3.0, "timestep shift of noise levels, in training and samples")
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16", "of activations; weights and optimiser are float32", "devices"
+    )
+    remat: Remat = setting("block", "what the backward pass computes again instead of keeping it", "devices")
+    save_every: int = setting(500, "steps between checkpoints", "run")
+    keep: int = setting(2, "newest checkpoints that stay", "run")
+    validation: Data | None = setting(None, "held-out clips")
+    validate_every: int = setting(0, "steps between losses on held-out clips; 0: never", "run")
+    validation_batches: int = setting(2, "batches of held-out clips, of batch / accumulate samples each")
+    sample_every: int = setting(0, "steps between samples of held-out clips; 0: never", "run")
+    sample_clips: int = setting(4, "held-out clips that are sampled")
+    sample_steps: int = setting(20, "solver steps of these samples")
+    guidance: float = setting(5.0, "of these samples; 1: none")
 
 
 def load_config(path: str, kind: type[T]) -> T:

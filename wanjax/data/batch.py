@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from sharding.rules import activation_spec
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Samples by number, without end: NamedTuples of arrays, all of the same shapes, or None."""
 
     def __getitem__(self, index: int) -> Any:
@@ -48,7 +48,7 @@ class Batches:
 
     def __init__(
         self,
-        source: Source,
+        source: SampleSource,
         size: int,
         position: int = 0,
         *,
@@ -66,7 +66,7 @@ class Batches:
         return self
 
     def __next__(self) -> Any:
-        batch = place(next(self._parts), self.size)
+        batch = shard_batch(next(self._parts), self.size)
         self.position += 1
         return batch if self.encode is None else self.encode(batch)
 
@@ -75,9 +75,9 @@ class Batches:
         return [self.source.name(number * self.size + row) for row in range(self.size)]
 
 
-def make_batch(source: Source, start: int, size: int) -> Any:
+def make_batch(source: SampleSource, start: int, size: int) -> Any:
     """Samples `start` to `start + size - 1` as a batch, split over the ambient mesh by its rules."""
-    return place([source[start + row] for row in host_rows(size)], size)
+    return shard_batch([source[start + row] for row in host_rows(size)], size)
 
 
 def host_rows(size: int) -> list[int]:
@@ -94,7 +94,7 @@ def _rows(index: Any, size: int) -> range:
     return range(*index[0].indices(size))
 
 
-def place(samples: Sequence[Any], size: int) -> Any:
+def shard_batch(samples: Sequence[Any], size: int) -> Any:
     """This host's samples, one for each of `host_rows`, as a batch on the ambient mesh."""
     mesh, rows = jax.sharding.get_mesh(), host_rows(size)
 

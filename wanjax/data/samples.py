@@ -28,7 +28,7 @@ class Snippet(NamedTuple):
 
 
 class Snippets:
-    """`Source` of what a VAE learns: parts of clips.
+    """`SampleSource` of what a VAE learns: parts of clips.
 
     The VAE also encodes control videos, of which few frames are given and the rest is grey; `hidden` is their share.
 
@@ -79,7 +79,7 @@ def draw_given(tasks: TaskMix, frames: int, rng: np.random.Generator) -> np.ndar
 
 
 class TaskSamples:
-    """`Source` of what the DiT learns, in pixels: clips with what is given of them.
+    """`SampleSource` of what the DiT learns, in pixels: clips with what is given of them.
 
     Sample n is clip `order[n]`. What is given of it depends on the clip and on the epoch modulo
     `config.tasks.variants`, and on nothing else: so a cache can hold it.
@@ -101,7 +101,7 @@ class TaskSamples:
 
     def __getitem__(self, index: int) -> PixelSample:
         """Sample `index`, from 0."""
-        return self.sample(*place_of(index, self.order, self.config), *dropped(self.config, index))
+        return self.sample(*locate(index, self.order, self.config), *dropped(self.config, index))
 
     def sample(self, number: int, variant: int, no_caption: bool = False, no_images: bool = False) -> PixelSample:
         """A clip with a draw of what is given of it."""
@@ -126,7 +126,7 @@ class TaskSamples:
         return self.clips[self.order[index]].name
 
 
-def place_of(index: int, order: Order, config: TrainConfig) -> tuple[int, int]:
+def locate(index: int, order: Order, config: TrainConfig) -> tuple[int, int]:
     """Which clip sample `index` is, and which draw of what is given."""
     return order[index], order.epoch(index) % config.tasks.variants
 
@@ -147,7 +147,7 @@ class Pair(NamedTuple):
 
 
 class Pairs:
-    """`Source` of what umT5 and CLIP learn from one another: clips and captions.
+    """`SampleSource` of what umT5 and CLIP learn from one another: clips and captions.
 
     Beside the captions of other clips, there is a wrong one for each clip that is nearly right, where the clips can
     tell one (`other_caption`); else it is the right one again, which teaches nothing.

@@ -1,7 +1,7 @@
 """Noise in the shape of encoded clips: every sample a pure function of its seed and number.
 
 Nothing can be learned from it but to remember it. It is for tests, for measuring speed and memory, and as the shortest
-example of a `wanjax.data.batch.Source`.
+example of a `wanjax.data.batch.SampleSource`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The demo's data: captioned clips of a few textured shapes that move, turn, grow, change colour and cross each other.
 
-    clip = Shapes(first_seed=0, count=1000, kind="different")[7]   # the clip of seed 7
+    clip = ProceduralClips(first_seed=0, count=1000, kind="different")[7]   # the clip of seed 7
     caption(7, "different")                                         # its caption, without drawing it
 
 Every clip is a pure function of its seed and kind; held-out clips are those of other seeds. First frame, last frame and
@@ -112,7 +112,7 @@ class Scene(NamedTuple):
     waves: np.ndarray
 
 
-class Shapes:
+class ProceduralClips:
     """`Clips` of the seeds `first_seed` to `first_seed + count - 1`.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a full-size run takes of every device, without one: `python -m wanjax.report.memory --config configs/X.py`.
+"""What a full-size run takes of every device, without one: `wanjax report --config configs/X.py`.
 
 Every program is traced on every mesh that the configuration names (`MESHES`), with abstract devices: what does not fit
 together fails here, in seconds and on any machine. Parameters, optimiser state and inputs are counted exactly,
@@ -8,6 +8,7 @@ activations are estimated. With --compile each program is compiled for the real 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import runpy
@@ -20,10 +21,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from sharding.mesh import AXES, MeshShape, parse_mesh
 from sharding.xla_options import GPU_OPTIONS, TPU_OPTIONS, TPU_OPTIONS_8_BIT
-from wanjax.cli import Parser, exit_codes
 from wanjax.config import DiTConfig, SampleConfig, TrainConfig
 from wanjax.errors import InputError
-from wanjax.ops.quantized import DTYPES
 from wanjax.report import programs
 from wanjax.report.hlo import KINDS, read
 from wanjax.report.topology import topology_mesh
@@ -160,15 +159,20 @@ def load(path: str) -> tuple[SampleConfig | TrainConfig, DiTConfig, dict[str, st
     return config, dataclasses.replace(dit, dtype=dtype, param_dtype=dtype), names.get("MESHES", {})
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = Parser("python -m wanjax.report.memory", description=__doc__)
-    parser.add_argument("--config", required=True, help="configs/*.py")
-    parser.add_argument("--mesh", help="instead of those the configuration names; without -1")
-    parser.add_argument("--compile", metavar="TOPOLOGY", help="for v6e:2x4, h100:8 or the like (extra aot, aot-gpu)")
-    parser.add_argument("--only", nargs="*", help="with --compile: names of programs, such as 'DiT step'")
-    parser.add_argument("--quantize", choices=tuple(DTYPES), help="the DiT's matrices, as sample_jax.py does")
-    args = parser.parse_args(argv)
+def abstract_shape(text: str) -> MeshShape:
+    """A mesh of as many devices as it says."""
+    sizes = [part.partition("=")[2].strip() for part in text.split(",")]
+    if "-1" in sizes:
+        raise InputError(f"mesh {text!r} has -1; there are no devices to fill in here; give every size")
+    return parse_mesh(text, math.prod(int(size) for size in sizes if size.isdecimal()))
+
+
+def report(args: argparse.Namespace) -> None:
+    """Print what the flags of `wanjax report` ask for.
+
+    Raises:
+      InputError: the configuration cannot be used, or does not fit the flags.
+    """
     config, dit, meshes = load(args.config)
     if args.quantize is not None and isinstance(config, TrainConfig):
         raise InputError(f"--quantize {args.quantize} with {args.config}, a training; give a config for sampling")
@@ -197,16 +201,3 @@ def main(argv: list[str] | None = None) -> None:
             rows[f"{text} {topology}".strip()] = row
     print(f"{args.config}: GiB per device; ~ estimated")
     print(table(rows))
-
-
-def abstract_shape(text: str) -> MeshShape:
-    """A mesh of as many devices as it says."""
-    sizes = [part.partition("=")[2].strip() for part in text.split(",")]
-    if "-1" in sizes:
-        raise InputError(f"mesh {text!r} has -1; there are no devices to fill in here; give every size")
-    return parse_mesh(text, math.prod(int(size) for size in sizes if size.isdecimal()))
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        main()

@@ -155,7 +155,7 @@ def train_step(config: TrainConfig, dit: DiTConfig, inputs: AbstractInputs) -> S
     """One optimiser step on a whole batch."""
     dit = in_dtypes(dit, config)
     objective = FlowMatching(config, dit)
-    state = inputs.like(jax.eval_shape(lambda: new_state(config, objective.make(nnx.Rngs(0)))))
+    state = inputs.like(jax.eval_shape(lambda: new_state(objective, objective.make(nnx.Rngs(0)))))
     size = latent_shape(config)
     channels = dit.in_channels - dit.out_channels
     split = ("batch", None, None, None, None)
@@ -164,4 +164,4 @@ def train_step(config: TrainConfig, dit: DiTConfig, inputs: AbstractInputs) -> S
         *features(inputs, dit, config.batch),
         inputs.array((config.batch, *size, channels), jnp.float32, *split) if channels else None,
     )
-    return Stage(make_step(config, objective), (state, batch))
+    return Stage(make_step(objective), (state, batch))

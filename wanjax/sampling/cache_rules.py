@@ -66,7 +66,7 @@ def make_rules(
     if kind in ("teacache", "magcache") and calibration is None:
         raise InputError(
             f"cache {kind} needs measurements of this checkpoint, shift and solver; give --calibration FILE, made by "
-            f"python -m wanjax.sampling.calibrate --checkpoint {config.checkpoint} --output FILE (see its --help)"
+            f"wanjax calibrate --checkpoint {config.checkpoint} --output FILE (see its --help)"
         )
     steps = len(schedule.timesteps)
     recompute = threshold = polynomial = may_skip_uncond = None

@@ -1,23 +1,10 @@
-"""Measures, on a few prompts, how a checkpoint's network changes from step to step; the caches' rules are made of it.
-
-    python -m wanjax.sampling.calibrate --config configs/flf2v_14b_720p.py \\
-        --checkpoint Wan2.1-FLF2V-14B-720P-diffusers --prompts prompts.jsonl --output flf2v.json
-    python sample_jax.py ... --cache magcache:0.1 --calibration flf2v.json
-
-A line of --prompts is a prompt, or a JSON object of settings such as {"prompt": "..", "first_frame": "a.png",
-"last_frame": "b.png"}; without the file, the settings' own prompt is measured. Each is one plain run without a decoder.
-Prints a table, for each cache the threshold that would have run the blocks in about half of the steps, and which these
-are; and with guidance above 1 from which step on the CFG cache would do no harm, which it then goes by.
-"""
+"""Measures how a network changes from step to step, for the rules of the step caches; see `wanjax calibrate`."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.rules import replicate
-from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
-from wanjax import media
-from wanjax.cli import Parser, exit_codes
-from wanjax.config import SampleConfig, load_config
+from wanjax.config import SampleConfig
 from wanjax.diffusion import caching
 from wanjax.diffusion.denoise import network_input
 from wanjax.diffusion.guidance import guided
@@ -36,19 +20,10 @@ from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT
 from wanjax.sampling import cache_rules
 from wanjax.sampling.calibration import Calibration, calibrated_for
-from wanjax.sampling.compile_cache import cache_folder, use_persistent_cache
 from wanjax.sampling.pipeline import Pipeline, Step
 from wanjax.sampling.request import Request
-from wanjax.weights.quantize import in_8_bits
 
 DEGREE = 4  # of teacache's polynomial, as published
-
-FLAGS: dict[str, type] = {
-    **dict.fromkeys(("checkpoint", "first_frame", "last_frame", "prompt", "negative_prompt", "solver"), str),
-    **dict.fromkeys(("dtype", "conventions", "quantize", "attention", "mesh", "compile_cache"), str),
-    **dict.fromkeys(("height", "width", "frames", "steps", "seed"), int),
-    **dict.fromkeys(("guidance", "shift"), float),
-}
 
 
 class Change(NamedTuple):
@@ -217,31 +192,6 @@ def change_schedule(changes: np.ndarray, threshold: float) -> np.ndarray:
     return recompute
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Each line's settings, or its prompt.
-
-    Raises:
-      InputError: the file cannot be read, is empty, or a line is not understood.
-    """
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts {path} cannot be read ({error}); a text file is needed, a prompt a line") from error
-    if not lines:
-        raise InputError(f"prompts {path} is empty; a prompt a line is needed; give some")
-    accepted = ("prompt", "negative_prompt", "first_frame", "last_frame", "seed")
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            settings: Any = json.loads(line) if line.startswith("{") else {"prompt": line}
-        except ValueError as error:
-            raise InputError(f"prompts {path} line {number} is not JSON ({error}); correct it") from error
-        if unknown := settings.keys() - set(accepted):
-            raise InputError(f"prompts {path} line {number} sets {', '.join(unknown)}; accepted: {', '.join(accepted)}")
-        prompts.append(settings)
-    return prompts
-
-
 def _floats(values: np.ndarray) -> tuple[float, ...]:
     return tuple(float(x) for x in values)
 
@@ -272,33 +222,3 @@ def start_of_cfg_cache(calibration: Calibration, every: int) -> str:
     start = cache_rules.cfg_start(calibration, np.asarray(calibration.sigmas), calibration.guidance, every)
     where = f"from step {start} of {n} on ({start / n:.0%})" if start < n else "nowhere: leave it out"
     return f"guided error up to {cache_rules.MAX_CFG_ERROR:g}: --cfg-cache {every} {where}"
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = Parser(
-        "python -m wanjax.sampling.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", metavar="FILE", help="configs/*.py with get_config() -> SampleConfig")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt, or a JSON object of settings, a line")
-    parser.add_argument("--output", metavar="FILE", default="calibration.json", help="default: calibration.json")
-    for name, kind in FLAGS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, help="as of sample_jax.py")
-    parser.add_argument("--lora", action="append", metavar="PATH[:STRENGTH]", help="as of sample_jax.py")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    given |= {"lora": tuple(given["lora"])} if "lora" in given else {}
-    file, prompts, output = (given.pop(name, None) for name in ("config", "prompts", "output"))
-    config = load_config(file, SampleConfig) if file else SampleConfig()
-    config = dataclasses.replace(config, **given)
-    media.check_output(output, accepted=(".json",))
-    use_tpu_options(TPU_OPTIONS_8_BIT if in_8_bits(config) else TPU_OPTIONS)
-    use_persistent_cache(cache_folder(config.compile_cache))
-    calibration = calibrate(config, read_prompts(prompts) if prompts else [{}])
-    calibration.write(output)
-    print(report(calibration))
-    print(output)
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        main()

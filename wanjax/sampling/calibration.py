@@ -78,7 +78,7 @@ class Calibration:
             if getattr(self, name) != run[name]:
                 raise InputError(
                     f"calibration {path} is for {name} {getattr(self, name)}, this run has {run[name]}; the same "
-                    f"{', '.join(MUST_AGREE)} are needed; measure anew with python -m wanjax.sampling.calibrate"
+                    f"{', '.join(MUST_AGREE)} are needed; measure anew with wanjax calibrate"
                 )
 
     def write(self, path: str) -> None:
@@ -96,7 +96,7 @@ def read(path: str) -> Calibration:
     Raises:
       InputError: it is none, or is damaged.
     """
-    advice = "a file that python -m wanjax.sampling.calibrate wrote is accepted; give one, or make it anew"
+    advice = "a file that wanjax calibrate wrote is accepted; give one, or make it anew"
     try:
         values: dict[str, Any] = json.loads(Path(path).read_text())
         values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}

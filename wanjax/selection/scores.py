@@ -9,9 +9,8 @@ Needs OpenCV, PySceneDetect and ImageHash: `pip install "wanjax[data]"`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +21,6 @@ from wanjax.conditioning.images import clip_pixels
 from wanjax.errors import InputError
 from wanjax.weights import Checkpoint
 
-SCORES: Mapping[str, str] = MappingProxyType(
-    {
-        "difference": "of first and last frame: mean distance of their pixels, 0 to 1",
-        "clip_difference": "of first and last frame to CLIP: 1 - cosine of their features, 0 to 2",
-        "motion": "speed of the picture's points, mean, in frame heights a second",
-        "sharpness": "variance of the Laplacian of the gray frame, levels of 255, median of three frames",
-        "exposure": "mean brightness, 0 to 1",
-        "clipped": "share of pixels that are nearly black or white, 0 to 1",
-        "cuts": "scene changes inside the clip",
-        "resolution": "shorter side of the file's picture, pixels",
-        "height": "of the file's picture as shown, pixels",
-        "width": "of the file's picture as shown, pixels",
-        "seconds": "of the clip in the file",
-    }
-)
 _SMALL = 96  # pixels of the shorter side: enough to see change and motion, and without the grain
 _NEARLY = 8  # levels of 255 next to black and white
 _PAIRS = 16  # of frames whose motion is looked at

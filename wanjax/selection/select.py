@@ -1,21 +1,10 @@
-"""Scores clips and keeps those worth training on.
-
-    python -m wanjax.selection.select clips/             # scores, shows their distributions, keeps all that can be used
-    python -m wanjax.selection.select clips/ --min difference=0.1 resolution=480 --max cuts=0 --top sharpness=0.5
-    python -m wanjax.selection.select clips/all.jsonl --clip CHECKPOINT --top clip_difference=0.3 --out stage2.jsonl
-
-Writes a manifest of the kept clips with their scores, and a contact sheet of kept and dropped ones. A clip is scored
-once, as training would see it; the scores stay beside the input (.scores.jsonl), so that other thresholds take seconds
-and a run that was interrupted goes on.
-"""
+"""Judges clips by their scores: which are kept, and what the command `wanjax select` writes of them."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
-import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from wanjax.cli import Parser, check_counts
+from wanjax.cli import check_counts
 from wanjax.data.clip import UnusableClip
 from wanjax.data.decode import Damaged, decode
 from wanjax.data.manifest import MANIFEST, Row, read_manifest, write_manifest
@@ -34,7 +23,7 @@ from wanjax.errors import InputError
 from wanjax.media import check_output
 from wanjax.selection.contact_sheet import SHEET, Cell, Section, fit, write_sheet
 from wanjax.selection.score_log import Record, ScoreLog
-from wanjax.selection.scores import SCORES, Distance, find_duplicates, require_packages, score
+from wanjax.selection.scores import Distance, find_duplicates, require_packages, score
 
 Limit = tuple[str, float]
 _SHOWN = 30  # clips in each half of the contact sheet
@@ -219,64 +208,6 @@ def _end_frames(clips: Videos, index: int) -> tuple[np.ndarray, np.ndarray] | No
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def _limit(text: str) -> Limit:
-    name, _, number = text.partition("=")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan  # with which nothing compares
-    if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"{text!r}; accepted: NAME=NUMBER, such as difference=0.1")
-    return name, value
-
-
-def _parser() -> Parser:
-    doc = __doc__ or ""
-    scores = "\n".join(f"  {name:16s} {meaning}" for name, meaning in SCORES.items())
-    parser = Parser(
-        prog="python -m wanjax.selection.select",
-        description=doc,
-        epilog=f"scores:\n{scores}\n  and any other column of the input that holds numbers",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("input", type=Path, help="manifest (.jsonl, .csv, .parquet) or folder of videos")
-    add("--out", type=Path, help="manifest of the kept clips (default: selected.jsonl beside the input, or in it)")
-    add("--sheet", type=Path, help="contact sheet (default: beside the manifest, .png)")
-    add("--scores", type=Path, help="where scores are kept between runs (default: beside the input, .scores.jsonl)")
-    limits = {"nargs": "+", "type": _limit, "default": [], "action": "extend"}
-    add("--min", **limits, metavar="NAME=VALUE", help="drop clips with less")
-    add("--max", **limits, metavar="NAME=VALUE", help="drop clips with more")
-    add("--top", **limits, metavar="NAME=SHARE", help="of the clips left, keep the share with the highest values")
-    add("--bottom", **limits, metavar="NAME=SHARE", help="of the clips left, keep the share with the lowest values")
-    add(
-        "--duplicates",
-        type=int,
-        nargs="?",
-        const=6,
-        metavar="BITS",
-        help="drop near duplicates; bits of 64 that may differ in a frame (6)",
-    )
-    add("--clip", type=Path, metavar="CHECKPOINT", help="score clip_difference too, with this checkpoint's CLIP tower")
-    add("--frames", type=int, default=81, help="of the longest clips in training (81)")
-    add("--area", type=int, default=480 * 832, help="pixels of a frame in training (480 * 832)")
-    add("--fps", type=float, default=16.0, help="frames a second in training (16)")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="clips to score at once (all cores)")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; see the module."""
-    try:
-        select(_parser().parse_args(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the scores so far are kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
-
-
 def select(args: argparse.Namespace) -> None:
     """The command, its arguments parsed.
 
@@ -320,7 +251,3 @@ def _use_one_core_each() -> None:
 
 def _numbers(row: Row) -> Mapping[str, float]:
     return {name: value for name, value in row.columns.items() if isinstance(value, (int, float))}
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from wanjax.errors import InputError
 from wanjax.training.state import TrainState
 
 
-class Checkpoints:
+class TrainCheckpoints:
     """The checkpoints of a run. Every process makes one and calls its methods at the same steps.
 
     Args:

@@ -1,37 +1,20 @@
-"""From a configuration's `data` to the samples that its objective learns from."""
+"""From a configuration's `data` to clips and samples of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from sharding.distributed import is_main
-from wanjax.conditioning.encoders import Encoders, open_encoders
-from wanjax.conditioning.text import Tokenizer
+from wanjax.conditioning.encoders import Encoders
 from wanjax.config import CachedData, ShapesData, SyntheticData, TrainConfig, VideoData
-from wanjax.data.batch import Source
 from wanjax.data.buckets import Order, Shape, Usable, describe, group
 from wanjax.data.clip import Clips
-from wanjax.data.samples import Pairs, Snippets, TaskSamples
-from wanjax.data.synthetic import Synthetic
+from wanjax.data.samples import TaskSamples
 from wanjax.data.videos import Videos
-from wanjax.demo.shapes import Shapes
-from wanjax.demo.vocabulary import write_tokenizer
+from wanjax.demo.shapes import ProceduralClips
 from wanjax.errors import InputError
-from wanjax.training.latent_cache import CachedSamples
-from wanjax.training.objectives.base import Objective
-from wanjax.training.objectives.contrastive import Contrastive
-from wanjax.training.objectives.flow_matching import FlowMatching
-
-
-class Data(NamedTuple):
-    """Samples, and what makes of a batch of them on the mesh what the objective takes; None: nothing is to be made."""
-
-    source: Source
-    encode: Callable[[Any], Any] | None = None
 
 
 class ClipSet(NamedTuple):
@@ -55,7 +38,7 @@ def open_clips(config: TrainConfig) -> ClipSet:
     if isinstance(data, ShapesData):
         if config.height != config.width:
             raise InputError(f"shapes of {config.width}x{config.height}; they are square; set width = height")
-        clips = Shapes(data.first_seed, data.count, config.frames, config.height, data.kind)
+        clips = ProceduralClips(data.first_seed, data.count, config.frames, config.height, data.kind)
         return ClipSet(clips, {clips.shape(0): np.arange(data.count)})
     if isinstance(data, VideoData):
         videos = Videos(data.path, config.frames, config.height * config.width)
@@ -68,34 +51,15 @@ def open_clips(config: TrainConfig) -> ClipSet:
     raise InputError(f"{type(data).__name__} has no clips to look at; ShapesData or VideoData is needed; change data")
 
 
-def open_data(config: TrainConfig, objective: Objective, encoders: Encoders | None = None) -> Data:
-    """Data for `objective`; the DiT's encoders are loaded onto the ambient mesh, unless they are given.
+def clips_to_look_at(config: TrainConfig, learner: str) -> ClipSet:
+    """The clips of `open_clips`, for one who learns from clips only.
 
     Raises:
-      InputError: the objective does not learn from such data, or the data cannot be used.
+      InputError: the configuration names encoded ones, or none.
     """
-    if isinstance(objective, FlowMatching):
-        return _for_dit(config, objective, encoders)
     if isinstance(config.data, (SyntheticData, CachedData)):
-        raise InputError(f"{type(config.data).__name__} for a VAE or for towers; they learn from clips; change data")
-    chosen = open_clips(config)
-    if not isinstance(objective, Contrastive):
-        return Data(Snippets(chosen.clips, chosen.order(config), config))
-    assert config.workdir is not None
-    folder, towers = Path(config.workdir) / "tokenizer", objective.towers
-    write_tokenizer(folder, towers.words)
-    tokenizer = Tokenizer(folder, towers.text_len)
-    return Data(Pairs(chosen.clips, chosen.order(config), config, tokenizer, towers.clip.image_size))
-
-
-def _for_dit(config: TrainConfig, objective: FlowMatching, encoders: Encoders | None) -> Data:
-    if isinstance(config.data, SyntheticData):
-        return Data(Synthetic(config, objective.dit))
-    if isinstance(config.data, CachedData):
-        return Data(CachedSamples(config.data.path, config, objective.dit))
-    chosen = open_clips(config)
-    encoders = encoders or open_encoders(config, objective.dit)
-    return Data(task_samples(config, encoders, chosen), encoders)
+        raise InputError(f"{type(config.data).__name__} for {learner}; it learns from clips; change data")
+    return open_clips(config)
 
 
 def task_samples(config: TrainConfig, encoders: Encoders, chosen: ClipSet) -> TaskSamples:

@@ -1,4 +1,4 @@
-"""Clips encoded once, before training: `python -m wanjax.training.latent_cache --config configs/train_.. --out FOLDER`.
+"""Clips encoded once, before training: `wanjax cache --config configs/train_.. --out FOLDER`.
 
 The configuration is that of the training to come. Every clip is encoded with each of its `tasks.variants` draws of what
 is given. The folder holds ArrayRecord files, each of them written whole or not at all, and at last `index.json`; the
@@ -24,15 +24,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
 from tqdm import tqdm
 
-from sharding.mesh import MeshShape, make_mesh
-from wanjax.cli import Parser, check_counts, exit_codes
-from wanjax.conditioning.encoders import Encoders, open_encoders
+from wanjax.conditioning.encoders import Encoders
 from wanjax.conditioning.frames import TEMPORAL_FACTOR, latent_mask
 from wanjax.conditioning.samples import Encoded, PixelSample
-from wanjax.config import CachedData, DiTConfig, TrainConfig, load_config
-from wanjax.data.batch import place
+from wanjax.config import CachedData, DiTConfig, TrainConfig
+from wanjax.data.batch import shard_batch
 from wanjax.data.buckets import Order, Shape
-from wanjax.data.samples import TaskSamples, dropped, place_of
+from wanjax.data.samples import TaskSamples, dropped, locate
 from wanjax.errors import InputError
 from wanjax.weights import Checkpoint
 
@@ -67,7 +65,7 @@ def description(config: TrainConfig) -> dict[str, Any]:
 
 
 class CachedSamples:
-    """`Source` of encoded clips from a cache; sample n is what `TaskSamples` and the encoders would make of it.
+    """`SampleSource` of encoded clips from a cache; sample n is what `TaskSamples` and the encoders would make of it.
 
     Args:
       path: the cache's folder.
@@ -131,7 +129,7 @@ class CachedSamples:
             )
 
     def _record(self, index: int) -> dict[str, Any]:
-        clip, variant = place_of(index, self.order, self.config)
+        clip, variant = locate(index, self.order, self.config)
         return _unpack(self.records[self.positions[clip] * self.config.tasks.variants + variant])
 
 
@@ -139,10 +137,7 @@ def _read_index(path: Path) -> dict[str, Any]:
     """What a finished cache says of itself, if all its files are there."""
     file = path / "index.json"
     if not file.is_file():
-        raise InputError(
-            f"{path} has no index.json; a finished cache is needed; run "
-            f"python -m wanjax.training.latent_cache --out {path}"
-        )
+        raise InputError(f"{path} has no index.json; a finished cache is needed; run wanjax cache --out {path}")
     try:
         index = json.loads(file.read_text())
         names = [*index["files"], EMPTY_TEXT]
@@ -267,7 +262,7 @@ def encode_all(
     read = grain.MapDataset.source(parts).map(lambda part: [samples.named_sample(*p) for p in part])
     for part in read.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
         pixels: list[PixelSample] = [pixels for _, pixels in part]
-        encoded = jax.device_get(encoders(place([*pixels, *pixels[-1:] * (batch - len(part))], batch)))
+        encoded = jax.device_get(encoders(shard_batch([*pixels, *pixels[-1:] * (batch - len(part))], batch)))
         for i, (name, sample) in enumerate(part):
             yield _pack(name, jax.tree.map(lambda x, i=i: x[i], encoded), sample.given)
         bar.update(len(part))
@@ -289,42 +284,3 @@ def _write_whole(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_bytes(data)
     unfinished.rename(path)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    parser = Parser("python -m wanjax.training.latent_cache", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--config", required=True, help="of the training to come")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--validation", action="store_true", help="encode the held-out clips, `validation`, instead")
-    parser.add_argument("--encoders", help="checkpoint whose VAE, umT5 and CLIP encode the clips")
-    parser.add_argument("--batch", type=int, default=8, help="clips encoded at a time")
-    parser.add_argument("--processes", type=int, default=1, help="that write the same folder")
-    parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
-    flags = parser.parse_args(argv)
-    check_counts(batch=flags.batch, processes=flags.processes)
-    if not 0 <= flags.process_id < flags.processes:
-        raise InputError(
-            f"--process-id {flags.process_id} of --processes {flags.processes}; accepted: 0 to processes - 1; change it"
-        )
-    from wanjax.training import checks
-    from wanjax.training.data import open_clips, task_samples
-
-    config = load_config(flags.config, TrainConfig)
-    if flags.validation:
-        if config.validation is None:
-            raise InputError(f"--validation, but {flags.config} has no validation; held-out clips are needed; set it")
-        config = dataclasses.replace(config, data=config.validation)
-    config = dataclasses.replace(config, batch=flags.batch, encoders=flags.encoders or config.encoders)
-    # The model that training starts from may not be there yet: often it is still being trained.
-    dit = config.dit or checks.network(config)
-    devices = jax.local_devices()
-    with jax.set_mesh(make_mesh(MeshShape(fsdp=len(devices)), devices)):
-        chosen, encoders = open_clips(config), open_encoders(config, dit)
-        samples, share = task_samples(config, encoders, chosen), (flags.process_id, flags.processes)
-        write_cache(config, samples, chosen.buckets, encoders, Path(flags.out), share)
-
-
-if __name__ == "__main__":
-    with exit_codes():
-        main()

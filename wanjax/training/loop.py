@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -19,12 +19,14 @@ from sharding.distributed import is_main
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
 from wanjax.training import speed
-from wanjax.training.checkpoint import Checkpoints
+from wanjax.training.checkpoint import TrainCheckpoints
 from wanjax.training.log import Log
-from wanjax.training.objectives.base import Objective
 from wanjax.training.state import TrainState
 from wanjax.training.step import Metrics, make_step
 from wanjax.training.validation import Validation
+
+if TYPE_CHECKING:
+    from wanjax.training.objectives.base import Objective
 
 
 class NonFiniteError(RuntimeError):
@@ -36,7 +38,7 @@ def train(
     objective: Objective,
     state: TrainState,
     batches: Batches,
-    checkpoints: Checkpoints,
+    checkpoints: TrainCheckpoints,
     validation: Validation | None = None,
 ) -> tuple[TrainState, bool]:
     """Train until `config.steps` or SIGTERM: the state, which is then on disk, and whether the last step was reached.
@@ -50,7 +52,7 @@ def train(
       NonFiniteError: loss or gradients are not finite; checkpoints stay as they were.
     """
     step, position = int(state.step), batches.position
-    train_step, meter = make_step(config, objective), Meter(objective, frozen=config.lora is not None)
+    train_step, meter = make_step(objective), Meter(objective)
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_main())
     with bar, Log(Path(config.workdir or "."), step) as log, meter, stop_requested() as stop:
         coming = itertools.islice(batches, max(config.steps - step, 0))
@@ -62,7 +64,7 @@ def train(
                 raise NonFiniteError(_non_finite(step, values, checkpoints.latest, batches.names(position - 1)))
             bar.set_postfix_str(f"loss {values.loss:.4f}, {meter}")
             bar.update()
-            measured |= validation(step, state.best, log) if validation else {}
+            measured |= validation(step, objective.eval_model(state), log) if validation else {}
             log.write(step, {"loss": values.loss, "grad_norm": values.grad_norm} | measured)
             if step % config.save_every == 0:
                 checkpoints.save(state, position)
@@ -103,8 +105,8 @@ class Meter:
     for a batch while they compute costs nothing.
     """
 
-    def __init__(self, objective: Objective, frozen: bool = False):
-        self.objective, self.frozen = objective, frozen
+    def __init__(self, objective: Objective):
+        self.objective = objective
         self.peak = speed.peak(jax.devices()[0].device_kind)
         self._operations: dict[Any, int] = {}  # by the batch's shapes, of which there are a few
         self._watcher = ThreadPoolExecutor(1)
@@ -124,7 +126,7 @@ class Meter:
         self._units = self.objective.units(batch)
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._operations:
-            self._operations[shapes] = speed.step_operations(self.objective, batch, self.frozen)
+            self._operations[shapes] = speed.step_operations(self.objective, batch)
         self._now, self._start = self._operations[shapes], time.perf_counter()
 
     def computing(self, metrics: Metrics) -> None:

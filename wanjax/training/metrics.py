@@ -1,10 +1,4 @@
-"""How good the DiT is on clips that it has not learned from: validation loss, and whole videos against the true ones.
-
-    losses  = validation_losses(objective, model, batch)      # at fixed noise levels with fixed noise
-    latents = sample_latents(model, batch, ..)                # wanjax.sampling.batch: whole videos
-
-PSNR and SSIM are of videos in [0, 255], over all pixels of the frames compared.
-"""
+"""How near sampled videos are to the true ones: PSNR and SSIM, over all pixels of the frames compared, in [0, 255]."""
 
 from __future__ import annotations
 
@@ -13,25 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from sharding.rules import constrain
-from wanjax.conditioning.samples import Encoded
-from wanjax.models.dit import DiT
-from wanjax.training.objectives.flow_matching import FlowMatching, Noised
-
-SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
-"""Noise levels of the validation loss."""
-
-
-def validation_losses(objective: FlowMatching, model: DiT, batch: Encoded, seed: jax.Array | int = 0) -> jax.Array:
-    """Mean loss of a batch at each of `SIGMAS`, `[len(SIGMAS)]`, with the same noise whenever it is called."""
-    noise = objective.prepare(batch, jax.random.key(seed)).noise
-
-    def at(sigma: jax.Array) -> jax.Array:
-        sigmas = constrain(jnp.full(batch.latents.shape[0], sigma), "batch")
-        return objective.loss(model, Noised(batch, noise, sigmas))
-
-    return jax.lax.map(at, jnp.asarray(SIGMAS))
 
 
 def noise_of(clips: Any, shape: tuple[int, ...], seed: int = 0) -> jax.Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import nnx
@@ -18,7 +18,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AbstractMesh, AxisType
 
 from sharding.mesh import AXES, MeshShape
-from wanjax.training.objectives.base import Objective
+
+if TYPE_CHECKING:
+    from wanjax.training.objectives.base import Objective
+
 
 PEAKS = {
     "TPU v4": 275e12,
@@ -43,11 +46,11 @@ def peak(kind: str) -> float | None:
     return next((value for name, value in PEAKS.items() if name in kind), None)
 
 
-def step_operations(objective: Objective, batch: Any, frozen: bool = False) -> int:
+def step_operations(objective: Objective, batch: Any) -> int:
     """Operations of a training step on a batch, over all devices.
 
     Backward is as much as forward for the gradients of what goes through the network, and again for those of its
-    weights, unless they are `frozen` beside adapters.
+    weights, unless those are frozen beside adapters.
     """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -59,7 +62,7 @@ def step_operations(objective: Objective, batch: Any, frozen: bool = False) -> i
     with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(one):
         model = jax.eval_shape(lambda: objective.make(nnx.Rngs(0)))
         prepared = jax.eval_shape(objective.prepare, jax.tree.map(shape, batch), jax.eval_shape(jax.random.key, 0))
-        return (2 if frozen else 3) * operations(jax.make_jaxpr(objective.loss)(model, prepared).jaxpr)
+        return (2 if objective.has_frozen else 3) * operations(jax.make_jaxpr(objective.loss)(model, prepared).jaxpr)
 
 
 def operations(program: Jaxpr) -> int:

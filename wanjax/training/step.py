@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,11 @@ import optax
 
 from sharding.rules import split_batch
 from wanjax.config import TrainConfig
-from wanjax.training.objectives.base import Objective
-from wanjax.training.state import TrainState, make_optimizer, whole
+from wanjax.training.optimizer import make_optimizer
+from wanjax.training.state import TrainState
+
+if TYPE_CHECKING:
+    from wanjax.training.objectives.base import Objective
 
 
 class Metrics(NamedTuple):
@@ -28,14 +31,16 @@ class Metrics(NamedTuple):
     finite: jax.Array
 
 
-def make_step(config: TrainConfig, objective: Objective) -> Any:
+def make_step(objective: Objective) -> Any:
     """The compiled step `(state, batch) -> (state, metrics)`; it takes the state's memory for the new one."""
-    return jax.jit(functools.partial(train_step, config, objective), donate_argnums=0)
+    return jax.jit(functools.partial(objective.step), donate_argnums=0)
 
 
-def train_step(config: TrainConfig, objective: Objective, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-    """One step on a whole batch."""
-    loss, grads = gradients(config, objective, state.model, objective.prepare(batch, state.key()), state.frozen)
+def train_step(objective: Objective, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    """One step on a whole batch: loss and gradients, clipped; the optimiser; the average. All or nothing."""
+    config = objective.config
+    prepared = objective.prepare(batch, state.key())
+    loss, grads = gradients(objective, state.model, prepared, state.frozen)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     clip = jnp.minimum(1.0, config.clip_norm / jnp.maximum(norm, 1e-12))
@@ -65,21 +70,20 @@ def average(config: TrainConfig, state: TrainState, model: Any) -> Any:
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, model)
 
 
-def gradients(
-    config: TrainConfig, objective: Objective, model: Any, prepared: Any, frozen: Any = None
-) -> tuple[jax.Array, Any]:
-    """Mean loss of the batch and its gradient by the state's model: float32, and sharded as that is.
+def gradients(objective: Objective, trained: Any, prepared: Any, frozen: Any = None) -> tuple[jax.Array, Any]:
+    """Mean loss of the batch and its gradient by what is trained: float32, and sharded as that is.
 
-    With `config.accumulate` the batch's parts are computed one after the other, and only the sum is kept.
+    With `TrainConfig.accumulate` the batch's parts are computed one after the other, and only the sum is kept.
     """
-    differentiate = jax.value_and_grad(lambda model, part: objective.loss(whole(model, frozen), part))
-    if config.accumulate == 1:
-        return differentiate(model, prepared)
+    accumulate = objective.config.accumulate
+    differentiate = jax.value_and_grad(lambda trained, part: objective.loss(objective.join(trained, frozen), part))
+    if accumulate == 1:
+        return differentiate(trained, prepared)
 
     def add(sofar: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sofar, differentiate(model, part)), None
+        return jax.tree.map(jnp.add, sofar, differentiate(trained, part)), None
 
-    parts = jax.tree.map(lambda x: split_batch(x, config.accumulate), prepared)  # [parts, b, ..] each
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, model))
+    parts = jax.tree.map(lambda x: split_batch(x, accumulate), prepared)  # [parts, b, ..] each
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
     total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda x: x / config.accumulate, total)
+    return jax.tree.map(lambda x: x / accumulate, total)

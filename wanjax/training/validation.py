@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import einops
 import jax
@@ -15,19 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.distributed import is_main
-from wanjax.conditioning.encoders import Encoders, open_encoders
+from wanjax.conditioning.encoders import Encoders
 from wanjax.conditioning.samples import PixelSample
-from wanjax.config import CachedData, TaskMix, TrainConfig
-from wanjax.data.batch import host_rows, make_batch, place
+from wanjax.config import DiTConfig, TaskMix, TrainConfig
+from wanjax.data.batch import host_rows, make_batch, shard_batch
 from wanjax.diffusion import solvers
 from wanjax.media import write_video
 from wanjax.sampling.batch import sample_latents
 from wanjax.sampling.decoding import decode_batch
 from wanjax.training import metrics
-from wanjax.training.data import Data, open_clips, open_data, task_samples
+from wanjax.training.data import open_clips, task_samples
 from wanjax.training.log import Log
-from wanjax.training.objectives.base import Objective
-from wanjax.training.objectives.flow_matching import FlowMatching
+
+if TYPE_CHECKING:
+    from wanjax.training.objectives.base import Data, Objective
+
 
 FPS = 16
 SHEET_FRAMES, SHEET_WIDTH = 9, 192
@@ -47,19 +49,12 @@ def open_validation(config: TrainConfig, objective: Objective, data: Data) -> Va
     """
     if not (config.validate_every or config.sample_every):
         return None
-    assert config.validation is not None  # see plan.check
+    assert config.validation is not None  # see wanjax.training.checks
     tasks = dataclasses.replace(config.tasks, caption_dropout=0.0, image_dropout=0.0)
     config = dataclasses.replace(config, data=config.validation, tasks=tasks)
-    encoders = data.encode if isinstance(data.encode, Encoders) else None
-    cached = isinstance(config.data, CachedData)
-    if isinstance(objective, FlowMatching) and encoders is None and (config.sample_every or not cached):
-        encoders = open_encoders(config, objective.dit)
+    encoders = objective.validation_encoders(config, data)
     losses = Losses(config, objective, encoders) if config.validate_every else None
-    sampler = None
-    if config.sample_every:
-        assert isinstance(objective, FlowMatching)  # see plan.check
-        assert encoders is not None
-        sampler = Sampler(config, objective, encoders)
+    sampler = objective.open_sampler(config, encoders) if config.sample_every else None
     return Validation(config, losses, sampler)
 
 
@@ -85,7 +80,7 @@ class Validation:
 
 
 class Losses:
-    """Losses of fixed batches, which are encoded once; the DiT's at fixed noise levels (`evaluate.SIGMAS`).
+    """Losses of fixed batches, which are encoded once.
 
     Args:
       config: of the run on the held-out clips.
@@ -96,24 +91,17 @@ class Losses:
     def __init__(self, config: TrainConfig, objective: Objective, encoders: Encoders | None):
         self.objective, size = objective, config.batch // config.accumulate
         config = dataclasses.replace(config, batch=size)
-        data = open_data(config, objective, encoders)
+        data = objective.open_data(config, encoders)
         batches = [make_batch(data.source, i * size, size) for i in range(config.validation_batches)]
         self.batches = [data.encode(batch) if data.encode else batch for batch in batches]
-        self._losses = jax.jit(self._of_batch)
+        self._losses = jax.jit(objective.validation_losses)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Mean over the batches, of everything and at each noise level."""
         losses = [jax.device_get(self._losses(model, batch, seed)) for seed, batch in enumerate(self.batches)]
         mean = np.mean(losses, axis=0)
-        figures = {"validation/loss": float(np.mean(mean))}
-        if isinstance(self.objective, FlowMatching):
-            figures |= {f"validation/loss_at_{s}": float(x) for s, x in zip(metrics.SIGMAS, mean, strict=True)}
-        return figures
-
-    def _of_batch(self, model: Any, batch: Any, seed: jax.Array) -> jax.Array:
-        if isinstance(self.objective, FlowMatching):
-            return metrics.validation_losses(self.objective, model, batch, seed)
-        return self.objective.loss(model, self.objective.prepare(batch, jax.random.key(seed)))
+        parts = zip(self.objective.loss_parts, np.ravel(mean), strict=bool(self.objective.loss_parts))
+        return {"validation/loss": float(np.mean(mean))} | {f"validation/{name}": float(x) for name, x in parts}
 
 
 class Sampler:
@@ -123,18 +111,18 @@ class Sampler:
 
     Args:
       config: of the run on the held-out clips; of a cache, those that it was made from are sampled.
-      objective: what is trained.
+      dit: of the network that is trained.
       encoders: for the clips.
     """
 
-    def __init__(self, config: TrainConfig, objective: FlowMatching, encoders: Encoders):
-        tasks = dataclasses.replace(TaskMix(caption_dropout=0.0), **{objective.dit.task: 1.0})
+    def __init__(self, config: TrainConfig, dit: DiTConfig, encoders: Encoders):
+        tasks = dataclasses.replace(TaskMix(caption_dropout=0.0), **{dit.task: 1.0})
         self.config = config = dataclasses.replace(config, tasks=tasks, batch=config.sample_clips)
         source = task_samples(config, encoders, open_clips(config))
         numbers = [source.order[i] for i in range(config.sample_clips)]
         pixels: list[PixelSample] = [source.sample(number, 0) for number in numbers]
         self.truth, self.given = np.stack([x.video for x in pixels]), pixels[0].given
-        self.batch = encoders(place([pixels[row] for row in host_rows(len(pixels))], len(pixels)))
+        self.batch = encoders(shard_batch([pixels[row] for row in host_rows(len(pixels))], len(pixels)))
         self.vae, self.empty_text = encoders.networks["vae"], jnp.asarray(encoders.empty_text())
         self.noise = metrics.noise_of(numbers, self.batch.latents.shape[1:])
         self.schedule = solvers.make_schedule("unipc", config.sample_steps, config.shift, "official")

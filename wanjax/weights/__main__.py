@@ -1,4 +1,4 @@
-"""`python -m wanjax.weights SRC DST --layout diffusers|official`: a checkpoint in the other layout, bit for bit."""
+"""`wanjax convert SRC DST --layout diffusers|official`: a checkpoint in the other layout, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wanjax.weights.save import convert
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code, 2 for input that cannot be used."""
-    parser = Parser(prog="python -m wanjax.weights", description=__doc__)
+    parser = Parser(prog="wanjax convert", description=__doc__)
     parser.add_argument("source", metavar="SRC", help="folder of a Wan2.1 checkpoint, Diffusers or official layout")
     parser.add_argument("target", metavar="DST", help="folder to make; must not be there, or be empty")
     parser.add_argument("--layout", choices=("diffusers", "official"), required=True, help="layout of DST")

@@ -18,7 +18,7 @@ from wanjax.weights.mapping import LayoutName
 
 FOLDER = "wanjax_extra"
 ABOUT = (
-    "Written by `python -m wanjax.weights`: what the layout of this checkpoint has no place for. Used when the "
+    "Written by `wanjax convert`: what the layout of this checkpoint has no place for. Used when the "
     "checkpoint is loaded by wanjax or converted back; other libraries ignore it."
 )
 

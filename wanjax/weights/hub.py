@@ -1,4 +1,4 @@
-"""Checkpoints by their name on the Hugging Face hub."""
+"""TrainCheckpoints by their name on the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -1,35 +1,28 @@
 """The DiT's blocks in 8 bits: half the memory of bfloat16, and twice the speed where a chip multiplies such numbers.
 
-    python -m wanjax.weights.quantize --checkpoint Wan2.1-FLF2V-14B-720P --output flf2v-fp8 --format fp8 --layers 1:39
-
     dit = quantize(dit, "fp8")                      # or "int8", for chips without fp8
     dit = quantize(dit, "int8", layers=(1, 39))     # all blocks but the first and the last
 
 The matrices that make q, k, v and the output of both attentions, and those of the feed-forward, have one scale each;
 activations one for every token, found when they come. All else stays as it is. `Checkpoint.load` quantises while it
-reads if its configuration says so, and never holds more than one layer's matrix in full. The command saves a checkpoint
-so, with everything else as it was.
+reads if its configuration says so, and never holds more than one layer's matrix in full. `wanjax quantize`
+saves a checkpoint so, with everything else as it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from wanjax.cli import Parser, exit_codes
 from wanjax.config import DiTConfig, SampleConfig
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT, quantized
-from wanjax.ops.quantized import DTYPES, Format
-from wanjax.weights import Checkpoint, save
-from wanjax.weights.save import check_target
+from wanjax.ops.quantized import Format
+from wanjax.weights import Checkpoint
 
 
 def quantize(model: DiT, format: Format, layers: tuple[int, int] | None = None) -> DiT:
@@ -101,46 +94,3 @@ def in_8_bits(config: SampleConfig) -> bool:
 @partial(jax.jit, static_argnums=1)
 def _quantize(blocks, format: Format):
     return jax.lax.map(lambda block: quantized(block, format), blocks)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
-    description = (__doc__ or "").split("\n\n")
-    parser = Parser(
-        "python -m wanjax.weights.quantize",
-        description="\n\n".join([description[0], description[1], description[-1]]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="in the Diffusers or the official layout")
-    parser.add_argument("--output", metavar="DIR", required=True, help="folder to make; must not be there, or be empty")
-    parser.add_argument("--format", choices=tuple(DTYPES), required=True, help="int8: for chips without fp8")
-    parser.add_argument("--layers", metavar="FIRST:STOP", help="blocks to quantise, STOP not included (default: all)")
-    parser.add_argument("--layout", choices=("diffusers", "official"), help="of the output (default: the checkpoint's)")
-    text = "of what stays as it is in the DiT (default: bfloat16)"
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=text)
-    flags = parser.parse_args(argv)
-    source, output = Checkpoint(flags.checkpoint), Path(flags.output)
-    config = source.config("dit", param_dtype=jnp.dtype(flags.dtype))
-    config = with_format(config, flags.format, read_layers(flags.layers) if flags.layers is not None else None)
-    source.check("dit", config)
-    check_target(output, source)
-    dit = source.load("dit", config)
-    save(output, flags.layout or source.layout, {"dit": dit}, base=source, say=print)
-
-
-def read_layers(text: str) -> tuple[int, int]:
-    """The first block and the one behind the last.
-
-    Raises:
-      InputError: they cannot be read.
-    """
-    first, _, stop = text.partition(":")
-    if not (first.isdecimal() and stop.isdecimal()):
-        raise InputError(f"layers {text!r}; FIRST:STOP is accepted, whole numbers; for example --layers 1:39")
-    return int(first), int(stop)
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # little is computed, and hosts have the memory: leave accelerators alone
-    with exit_codes():
-        main()

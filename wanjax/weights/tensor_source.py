@@ -52,7 +52,7 @@ class ModuleSource:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Read]:
-        """See `Source`."""
+        """See `SampleSource`."""
         yield self._read
 
     def _read(self, key: str) -> np.ndarray:
@@ -84,7 +84,7 @@ class CopySource:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Read]:
-        """See `Source`."""
+        """See `SampleSource`."""
         with self._weights.open() as read:
             yield read
 
@@ -147,7 +147,7 @@ class ConvertSource:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Read]:
-        """See `Source`."""
+        """See `SampleSource`."""
         with contextlib.ExitStack() as stack:
             stored = stack.enter_context(self._weights.open())
             kept = stack.enter_context(self._kept.open()) if self._kept else None

@@ -1,47 +1,163 @@
-"""What a run trains: a network, and how wrong it is on a batch."""
+"""What a run trains: networks, what they learn from, and how wrong they are on a batch.
+
+A new objective is one file beside this one and one case of `wanjax.training.objectives.make_objective`.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import abc
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 from flax import nnx
 
+from sharding.mesh import MeshShape
+from wanjax.conditioning.encoders import Encoders
+from wanjax.config import TrainConfig
+from wanjax.data.batch import SampleSource
+from wanjax.errors import InputError
+from wanjax.training import export, optimizer
+from wanjax.training.state import TrainState
+from wanjax.training.step import Metrics, train_step
+from wanjax.weights.mapping import NetworkName
 
-class Objective(Protocol):
-    """Everything of a training step that is not optimisation.
+Model = TypeVar("Model")
+Batch = TypeVar("Batch")
+Prepared = TypeVar("Prepared")
 
-    One each in `flow_matching` (DiT), `reconstruction` (VAE) and `contrastive` (text encoder and CLIP).
+
+class Data(NamedTuple):
+    """Samples, and what turns a batch of them into what the objective takes; None: samples already are that."""
+
+    source: SampleSource
+    encode: Any = None
+
+
+class Objective(abc.ABC, Generic[Model, Batch, Prepared]):
+    """Everything of a training that is not the loop around it.
+
+    A model is a network, or several in a tree of one's own making (a dict by name): state, checkpoints and sharding
+    take any tree of `nnx` variables. An objective with several networks overrides `init_optimizer` and `step`, and may
+    give each an optimiser of its own and turns of its own. What is part of the model but not trained, such as a
+    teacher, `split` takes out of it: it is neither differentiated nor saved.
+
+    config: of the run.
+    unit: what is counted for the speed: tokens, frames or clips.
+    name: what is trained, for messages.
     """
 
-    @property
-    def unit(self) -> str:
-        """What is counted for the speed: tokens, frames or clips."""
-        ...
+    config: TrainConfig
+    unit: ClassVar[str]
+    name: ClassVar[str]
 
-    def units(self, batch: Any, /) -> int:
-        """How many of these a batch has."""
-        ...
+    # ---- networks
 
-    def make(self, rngs: nnx.Rngs) -> Any:
-        """The network with random weights."""
-        ...
+    @abc.abstractmethod
+    def make(self, rngs: nnx.Rngs) -> Model:
+        """The model with random weights."""
 
-    def load(self) -> Any:
-        """The network with the weights of the checkpoint that the run starts from, on the ambient mesh.
+    @abc.abstractmethod
+    def load(self) -> Model:
+        """The model with the weights of the checkpoint that the run starts from, on the ambient mesh.
 
         Raises:
           InputError: as `Checkpoint.load`.
         """
-        ...
 
-    def prepare(self, batch: Any, key: jax.Array, /) -> Any:
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a part of the model is not trained."""
+        return False
+
+    def split(self, model: Model) -> tuple[Any, Any]:
+        """What is trained of the model, and what is not; None: nothing."""
+        return model, None
+
+    def join(self, trained: Any, frozen: Any) -> Model:
+        """The model whose `split` these are."""
+        return trained
+
+    def eval_model(self, state: TrainState) -> Any:
+        """The network to validate, sample and export: its weights averaged if there is an average."""
+        return self.join(state.model if state.ema is None else state.ema, state.frozen)
+
+    # ---- a step
+
+    @abc.abstractmethod
+    def units(self, batch: Batch, /) -> int:
+        """How many of `unit` a batch has."""
+
+    @abc.abstractmethod
+    def prepare(self, batch: Batch, key: jax.Array, /) -> Prepared:
         """The batch with all that is random, drawn for the whole of it: every array has a leading batch axis.
 
         So neither the parts it is computed in nor the mesh change what is drawn.
         """
-        ...
 
-    def loss(self, model: Any, prepared: Any, /) -> jax.Array:
+    @abc.abstractmethod
+    def loss(self, model: Model, prepared: Prepared, /) -> jax.Array:
         """Mean loss, float32, of a prepared batch or of a part of one."""
-        ...
+
+    def init_optimizer(self, trained: Any) -> Any:
+        """The optimiser's state before the first step."""
+        return optimizer.make_optimizer(self.config).init(trained)
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One optimiser step, traced by JAX."""
+        return train_step(self, state, batch)
+
+    # ---- around it
+
+    def check(self, mesh: MeshShape) -> None:
+        """Whether the run can be made, as far as the objective is concerned.
+
+        Raises:
+          InputError: it cannot.
+        """
+        if self.config.sample_every:
+            raise InputError(f"--sample-every for {self.name}; the DiT alone can be sampled; use --sample-every 0")
+
+    @abc.abstractmethod
+    def open_data(self, config: TrainConfig, encoders: Encoders | None = None) -> Data:
+        """What the objective learns from.
+
+        Args:
+          config: of the run, or of the same run on other clips.
+          encoders: of the clips, where they are loaded already.
+
+        Raises:
+          InputError: the objective does not learn from such data, or the data cannot be used.
+        """
+
+    loss_parts: ClassVar[tuple[str, ...]] = ()
+    """Names of the numbers that `validation_losses` gives; none where it is one number."""
+
+    def validation_losses(self, model: Model, batch: Batch, seed: jax.Array | int = 0) -> jax.Array:
+        """Loss of a held-out batch, with the same randomness at every call: a number, or one each of `loss_parts`."""
+        return self.loss(model, self.prepare(batch, jax.random.key(seed)))
+
+    def open_sampler(self, config: TrainConfig, encoders: Encoders | None) -> Any:
+        """What samples held-out clips; see `wanjax.training.validation.Sampler`. `check` says whether there is one."""
+        return None
+
+    def validation_encoders(self, config: TrainConfig, data: Data) -> Encoders | None:
+        """What encodes held-out clips; None: they need none.
+
+        Args:
+          config: of the run on the held-out clips.
+          data: what the run learns from, whose encoders serve here too.
+        """
+        return None
+
+    @abc.abstractmethod
+    def networks(self, model: Any) -> dict[NetworkName, Any]:
+        """What the exported checkpoint gets from the run, its matrices rounded."""
+
+    def export(self, model: Any) -> Path:
+        """Write the trained network into the workdir. All processes have to call this.
+
+        Raises:
+          InputError: as `wanjax.weights.save`.
+        """
+        return export.write_checkpoint(self.config, self.networks(model))

@@ -13,18 +13,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sharding.mesh import MeshShape
 from sharding.rules import gather, replicate
+from wanjax.conditioning.encoders import Encoders
+from wanjax.conditioning.text import Tokenizer
 from wanjax.config import TowersConfig, TrainConfig
-from wanjax.data.samples import Pair
+from wanjax.data.samples import Pair, Pairs
+from wanjax.demo.vocabulary import write_tokenizer
 from wanjax.errors import InputError
 from wanjax.models.clip import CLIPVision
 from wanjax.models.layers import Linear
 from wanjax.models.umt5 import UMT5Encoder
+from wanjax.training.data import clips_to_look_at
+from wanjax.training.export import rounded, write_checkpoint
+from wanjax.training.objectives.base import Data, Objective
+from wanjax.weights.mapping import NetworkName
 
 PICTURES = 3
 """Of a clip: first, middle and last frame."""
@@ -66,8 +76,8 @@ class Towers(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
-    """The objective of `Towers`; an `Objective`.
+class Contrastive(Objective[Towers, Pair, Pair]):
+    """The objective of `Towers`.
 
     config: of the run.
     towers: of the networks.
@@ -76,10 +86,8 @@ class Contrastive:
     config: TrainConfig
     towers: TowersConfig
 
-    @property
-    def unit(self) -> str:
-        """What `units` counts."""
-        return "clips"
+    unit: ClassVar = "clips"
+    name: ClassVar = "towers"
 
     def units(self, batch: Pair) -> int:
         """Clips of a batch."""
@@ -115,3 +123,30 @@ class Contrastive:
         of_clips = jax.nn.log_softmax(jnp.concatenate([right, wrong], axis=1))[numbers, numbers]
         of_texts = jax.nn.log_softmax(right, axis=0)[numbers, numbers]
         return -(jnp.mean(of_clips) + jnp.mean(of_texts)) / 2
+
+    def check(self, mesh: MeshShape) -> None:
+        """See `Objective`."""
+        super().check(mesh)
+        if self.config.accumulate > 1:
+            raise InputError("--accumulate for contrastive learning; clips are compared with the whole batch; use 1")
+
+    def open_data(self, config: TrainConfig, encoders: Encoders | None = None) -> Data:
+        """Clips with captions; their tokenizer is written into the workdir."""
+        chosen = clips_to_look_at(config, self.name)
+        write_tokenizer(self.tokenizer_folder, self.towers.words)
+        tokenizer = Tokenizer(self.tokenizer_folder, self.towers.text_len)
+        return Data(Pairs(chosen.clips, chosen.order(config), config, tokenizer, self.towers.clip.image_size))
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the run's tokenizer is."""
+        assert self.config.workdir is not None
+        return Path(self.config.workdir) / "tokenizer"
+
+    def networks(self, model: Towers) -> dict[NetworkName, Any]:
+        """Text encoder and CLIP tower; the heads are thrown away."""
+        return {"umt5": rounded(model.umt5), "clip": rounded(model.clip)}
+
+    def export(self, model: Towers) -> Path:
+        """See `Objective`; with the tokenizer."""
+        return write_checkpoint(self.config, self.networks(model), self.tokenizer_folder)

@@ -10,20 +10,29 @@ Source: Kingma and Welling (arXiv 1312.6114). Wan's own VAE also learns from per
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sharding.rules import activation_spec, parameter_sharding
+from wanjax.conditioning.encoders import Encoders
 from wanjax.conditioning.frames import control_video, latent_frames, to_pixels
 from wanjax.config import TrainConfig, VAEConfig
-from wanjax.data.samples import Snippet
+from wanjax.data.clip import Clips
+from wanjax.data.samples import Snippet, Snippets
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import ResidualBlock
+from wanjax.training.data import clips_to_look_at, open_clips
+from wanjax.training.export import rounded
+from wanjax.training.objectives.base import Data, Objective
 from wanjax.weights import Checkpoint
+from wanjax.weights.mapping import NetworkName
 
+STATISTICS_CLIPS = 256
+"""That the statistics of a VAE's latents are taken from."""
 LOG_VARIANCE = -6.0
 """Of the latents of a random VAE."""
 
@@ -36,8 +45,8 @@ class Drawn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction:
-    """The objective of the VAE; an `Objective`.
+class Reconstruction(Objective[VAE, Snippet, Drawn]):
+    """The objective of the VAE.
 
     config: of the run.
     vae: of the network; its latents' statistics are not those of the network that is being trained.
@@ -46,10 +55,8 @@ class Reconstruction:
     config: TrainConfig
     vae: VAEConfig
 
-    @property
-    def unit(self) -> str:
-        """What `units` counts."""
-        return "frames"
+    unit: ClassVar = "frames"
+    name: ClassVar = "a VAE"
 
     def units(self, batch: Snippet) -> int:
         """Frames of a batch."""
@@ -91,3 +98,27 @@ class Reconstruction:
         error = decoded.astype(jnp.float32) - video
         divergence = (mean * mean + jnp.exp(log_variance) - 1 - log_variance) / 2
         return jnp.mean(error * error) + self.config.kl_weight * jnp.mean(divergence)
+
+    def open_data(self, config: TrainConfig, encoders: Encoders | None = None) -> Data:
+        """Parts of clips."""
+        chosen = clips_to_look_at(config, self.name)
+        return Data(Snippets(chosen.clips, chosen.order(config), config))
+
+    def networks(self, model: VAE) -> dict[NetworkName, Any]:
+        """The VAE, with the statistics of its latents."""
+        return {"vae": with_statistics(rounded(model), open_clips(self.config).clips)}
+
+
+def with_statistics(vae: VAE, clips: Clips) -> VAE:
+    """The VAE with the mean and deviation of each channel of its latents over some clips, in place of 0 and 1."""
+    encode = jax.jit(lambda vae, video: vae.encode(to_pixels(video)))
+    numbers = np.linspace(0, len(clips) - 1, STATISTICS_CLIPS).astype(int)
+    latents = np.concatenate([np.asarray(encode(vae, clips[int(i)].video[None])) for i in numbers])
+    mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
+    raw_mean, raw_std = (np.array(x) for x in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = mean * raw_std + raw_mean, std * raw_std  # those that it had are taken back
+    result: VAE = nnx.merge(*nnx.split(vae))  # another tree of the same arrays
+    result.config = dataclasses.replace(
+        vae.config, latents_mean=tuple(map(float, mean)), latents_std=tuple(map(float, std))
+    )
+    return result

@@ -1,16 +1,14 @@
-"""Puts a trained model into the package: `python -m wanjax.demo out/demo/stage3/model`, the end of `make demo`."""
+"""Puts a trained model into the package, the end of `make demo`."""
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image
 
 from wanjax.demo import FOLDER, SEED
-from wanjax.demo.shapes import Shapes
-from wanjax.errors import InputError
+from wanjax.demo.shapes import ProceduralClips
 from wanjax.weights import Checkpoint
 
 
@@ -27,15 +25,7 @@ def publish(source: Path, target: Path = FOLDER) -> None:
         shutil.rmtree(target / folder.name, ignore_errors=True)
         shutil.copytree(folder, target / folder.name)
     shutil.copyfile(source / "model_index.json", target / "model_index.json")
-    clip = Shapes(SEED, 1, frames=17, size=64, kind="different")[0]
+    clip = ProceduralClips(SEED, 1, frames=17, size=64, kind="different")[0]
     for name, frame in (("first", clip.video[0]), ("last", clip.video[-1])):
         Image.fromarray(frame).save(target / f"{name}.png")
     (target / "caption.txt").write_text(clip.caption + "\n")
-
-
-if __name__ == "__main__":
-    try:
-        publish(Path(sys.argv[1]))
-    except (InputError, IndexError) as error:
-        print(f"error: {error if isinstance(error, InputError) else __doc__}", file=sys.stderr)
-        sys.exit(2)

@@ -1,0 +1,88 @@
+"""Measures, on a few prompts, how a checkpoint's network changes from step to step; the caches' rules are made of it.
+
+    wanjax calibrate --config configs/flf2v_14b_720p.py --checkpoint Wan2.1-FLF2V-14B-720P-diffusers \\
+        --prompts prompts.jsonl --output flf2v.json
+    wanjax sample ... --cache magcache:0.1 --calibration flf2v.json
+
+A line of --prompts is a prompt, or a JSON object of settings such as {"prompt": "..", "first_frame": "a.png",
+"last_frame": "b.png"}; without the file, the settings' own prompt is measured. Each is one plain run without a decoder.
+Prints a table, for each cache the threshold that would have run the blocks in about half of the steps, and which these
+are; and with guidance above 1 from which step on the CFG cache would do no harm, which it then goes by.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from wanjax.cli import Parser, add_settings, given_settings
+from wanjax.config import SampleConfig, load_config
+from wanjax.errors import InputError
+
+FLAGS = (
+    *("checkpoint", "first_frame", "last_frame", "prompt", "negative_prompt", "lora", "height", "width", "frames"),
+    *("steps", "solver", "guidance", "shift", "seed", "conventions", "quantize", "attention", "dtype", "mesh"),
+    "compile_cache",
+)
+"""Those of `wanjax sample` that say what is measured."""
+OF_A_PROMPT = ("prompt", "negative_prompt", "first_frame", "last_frame", "seed")
+"""Settings that a line of --prompts may have."""
+
+
+def make_parser() -> Parser:
+    """The command's flags."""
+    parser = Parser("wanjax calibrate", description=__doc__)
+    parser.add_argument("--config", metavar="FILE", help="configs/*.py with get_config() -> SampleConfig")
+    parser.add_argument("--prompts", metavar="FILE", help="a prompt, or a JSON object of settings, a line")
+    parser.add_argument("--output", metavar="FILE", default="calibration.json", help="(default: calibration.json)")
+    add_settings(parser, SampleConfig, FLAGS)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line."""
+    flags = make_parser().parse_args(argv)
+    config = load_config(flags.config, SampleConfig) if flags.config else SampleConfig()
+    config = dataclasses.replace(config, **given_settings(flags, SampleConfig, FLAGS))
+
+    from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
+    from wanjax import media
+    from wanjax.sampling.calibrate import calibrate, report
+    from wanjax.sampling.compile_cache import cache_folder, use_persistent_cache
+    from wanjax.weights.quantize import in_8_bits
+
+    media.check_output(flags.output, accepted=(".json",))
+    use_tpu_options(TPU_OPTIONS_8_BIT if in_8_bits(config) else TPU_OPTIONS)
+    use_persistent_cache(cache_folder(config.compile_cache))
+    calibration = calibrate(config, read_prompts(flags.prompts) if flags.prompts else [{}])
+    calibration.write(flags.output)
+    print(report(calibration))
+    print(flags.output)
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """Each line's settings, or its prompt.
+
+    Raises:
+      InputError: the file cannot be read, is empty, or a line is not understood.
+    """
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {path} cannot be read ({error}); a text file is needed, a prompt a line") from error
+    if not lines:
+        raise InputError(f"prompts {path} is empty; a prompt a line is needed; give some")
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            settings: Any = json.loads(line) if line.startswith("{") else {"prompt": line}
+        except ValueError as error:
+            raise InputError(f"prompts {path} line {number} is not JSON ({error}); correct it") from error
+        if unknown := settings.keys() - set(OF_A_PROMPT):
+            raise InputError(
+                f"prompts {path} line {number} sets {', '.join(unknown)}; accepted: {', '.join(OF_A_PROMPT)}"
+            )
+        prompts.append(settings)
+    return prompts
