@@ -78,14 +78,15 @@ def reference(cache, every=1, threshold=None):
     """
     dit = random_dit()
     noise, control, text, image = random_inputs(2)
-    context = dit.context(text, image)
-    embed, blocks = jax.jit(DiT.embed), jax.jit(DiT.run_blocks)
+    context = jax.jit(DiT.context)(dit, text, image)
+    parts = DiT.embed, DiT.run_blocks, DiT.modulated_input
+    embed, blocks, modulated_input = (jax.jit(part) for part in parts)
     alone = Context(*(x[:, :1] for x in context))
     state, total, count, ran, since = solvers.init(noise), 0.0, 0.0, [], 0
     residual, before, difference = None, None, None
     for i in range(STEPS):
         tokens = embed(dit, jnp.concatenate([state.sample, control], -1), SCHEDULE.timesteps[i][None])
-        first = np.asarray(dit.modulated_input(tokens), np.float64)
+        first = np.asarray(modulated_input(dit, tokens), np.float64)
         fresh = bool(cache[i])
         if threshold is not None and before is not None:
             total += max(0.0, np.polyval(CALIBRATION.polynomial, abs(first - before).sum() / abs(before).sum()))

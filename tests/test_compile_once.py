@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from flax import nnx
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
-from tiny import DIFFUSERS, DIT, ROOT, SCHEDULE, STEPS, flags
+from tiny import DIFFUSERS, DIT, ROOT, SCHEDULE, STEPS, environment, flags
 
 from sharding.mesh import MeshShape, make_mesh
 from wanjax.config import SampleConfig
@@ -57,11 +56,11 @@ def double(x, y):
 
 def start(folder, source=ROOT, **changes):
     """Events of a whole run in a process of its own, and of its part before the first step."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(source)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    variables = environment(1, PYTHONPATH=str(source))
+    variables.pop("JAX_COMPILATION_CACHE_DIR", None)
     argv = flags(DIFFUSERS, **({"steps": 2, "compile_cache": folder, "output": folder / "v.npy"} | changes))
     run = subprocess.run(
-        [sys.executable, "-c", COUNTED, *argv], cwd=source, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", COUNTED, *argv], cwd=source, env=variables, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny import DIT, PATIENCE, ROOT, TRAIN, write_config
+from tiny import DIT, PATIENCE, ROOT, TRAIN, environment, write_config
 
 from sharding.distributed import Processes, initialize, read_processes
 from wanjax.errors import InputError
@@ -40,19 +39,15 @@ class Runs:
 
     def start(self, workdir, steps, processes):
         """The processes of a run."""
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        variables = environment(8 // processes, **cache)
         command = [sys.executable, "train_jax.py", "--config", self.config, "--workdir", str(workdir)]
         command += ["--mesh", "fsdp=2,ring=2,ulysses=2", "--steps", str(steps)]
         if processes > 1:
             command += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process-id"]
         commands = [[*command, str(i)] if processes > 1 else command for i in range(processes)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        run = [subprocess.Popen(c, cwd=ROOT, env=environment, **pipes) for c in commands]
+        run = [subprocess.Popen(c, cwd=ROOT, env=variables, **pipes) for c in commands]
         self.started += run
         return run
 
@@ -161,9 +156,8 @@ with notice_lost_hosts():
 def test_a_process_that_hangs_is_told_in_one_line(silent):
     """It is stopped, not ended: no connection breaks, and the other one would wait for ever."""
     command = [sys.executable, "-c", HANGS, str(free_port())]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    pair = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment, **pipes) for i in range(2)]
+    pair = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment(1), **pipes) for i in range(2)]
     try:
         for process in pair:
             while "begun" not in process.stdout.readline():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
-from tiny import assert_close
+from tiny import assert_close, normal
 
 from wanjax.config import SampleConfig
 from wanjax.sampling.pipeline import Pipeline
@@ -32,10 +32,6 @@ def load_both(reference, folder, network, tmp_path, **save):
 
 def last(x):
     return np.moveaxis(x, 1, -1)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 DITS = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from tiny import DIT, TRAIN, assert_same_model, on, values, write_config
+from tiny_adapters import NAMES
 
 import train_jax
 from sharding.mesh import MeshShape
@@ -59,7 +60,7 @@ def run(config):
 
 def test_only_adapters_are_trained(config, run):
     _, _, first, state, _ = run
-    count = 2 * len(TARGETS)  # a and b of each, for all layers at once
+    count = 2 * (len(NAMES) + 1)  # a and b of every linear layer of the blocks, and of the head
     assert len(jax.tree.leaves(state.model)) == count
     assert all(lora.is_adapter(x) and x.dtype == jnp.float32 for x in parameters(state.model).values())
     assert len([x for x in jax.tree.leaves(state.optimizer) if x.ndim]) == 2 * count

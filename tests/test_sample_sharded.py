@@ -1,13 +1,12 @@
 """`sample_jax.py --mesh ..` on eight devices, of one process and of two, against the reference's stored outputs."""
 
-import os
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from tiny import DIFFUSERS, PATIENCE, ROOT, flags, golden_arrays
+from tiny import DIFFUSERS, PATIENCE, ROOT, environment, flags, golden_arrays
 
 import sample_jax
 from wanjax.errors import InputError
@@ -34,15 +33,10 @@ def test_two_processes_of_four_devices(files):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0",
-        "JAX_COORDINATOR_ADDRESS": address,
-        "JAX_NUM_PROCESSES": "2",
-    }
+    cluster = [{"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": i} for i in "01"]
     command = [sys.executable, "sample_jax.py", *flags(DIFFUSERS, mesh="data=2,ring=2,ulysses=2", **files)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run = [subprocess.Popen(command, cwd=ROOT, env=environment | {"JAX_PROCESS_ID": i}, **pipes) for i in "01"]
+    run = [subprocess.Popen(command, cwd=ROOT, env=environment(4, **x), **pipes) for x in cluster]
     try:
         (out, progress), (silent, _) = (process.communicate(timeout=PATIENCE) for process in run)
     finally:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import GOLDEN, assert_close, assert_same_model, on, values
+from tiny import GOLDEN, assert_close, assert_same_model, normal, on, values
 
 from sharding.mesh import MeshShape
 from sharding.rules import parameter_sharding
@@ -21,10 +21,6 @@ from wanjax.weights.quantize import quantize
 T2V = Checkpoint(GOLDEN / "diffusers_t2v")
 FLF2V = dataclasses.replace(T2V.config("dit"), in_channels=36, image_dim=40, image_positions=10)
 SHAPE = (2, 3, 6, 8)
-
-
-def normal(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 NOISE, CONTROL = normal(0, *SHAPE, 16), 3 * normal(1, *SHAPE, 20)

@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -42,6 +42,12 @@ def on(shape=None):
     """The mesh, by default of one device, on as many of the eight fake devices as it needs; a context manager."""
     shape = shape or MeshShape()
     return jax.set_mesh(make_mesh(shape, jax.devices()[: math.prod(shape)]))
+
+
+def environment(devices=8, **variables):
+    """Of a process of its own with so many fake devices."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")  # as tests/conftest.py sets it
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables
 
 
 def write_config(path, config):
@@ -119,6 +125,10 @@ def official_velocity(dit):
 # ------------------------------------------------------------------------------------------------------ random networks
 
 
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def random_like(abstract, seed=0):
     """Random weights, biases and scales included, that keep the size of the activations; on the host."""
     rng = np.random.default_rng(seed)
@@ -137,22 +147,16 @@ SCHEDULE = solvers.make_schedule("unipc", STEPS, shift=5.0)
 
 
 def random_dit(cls=DiT):
-    """`DIT` with no parameter at zero, which is what a new one's head is."""
-    dit = cls(DIT, nnx.Rngs(0))
-    leaves, tree = jax.tree.flatten(dit)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
+    """`DIT` with no parameter at zero, which is what a new one's head is; on the host."""
+    return random_like(jax.eval_shape(lambda: cls(DIT, nnx.Rngs(0))), seed=1)
 
 
 def random_inputs(branches):
-    """Noise, control branch, text and image features for `random_dit`."""
-    keys = jax.random.split(jax.random.key(2), 4)
-    noise, control = jax.random.normal(keys[0], LATENTS), jax.random.normal(keys[1], (*LATENTS[:-1], 20))
-    text = jax.random.normal(keys[2], (branches, DIT.text_len, DIT.text_dim))
-    image = jax.random.normal(keys[3], (1, DIT.image_positions, DIT.image_dim))
-    return noise, control, text, jnp.repeat(image, branches, axis=0)
+    """Noise, control branch, text and image features for `random_dit`; on the host."""
+    text, image = (branches, DIT.text_len, DIT.text_dim), (1, DIT.image_positions, DIT.image_dim)
+    shapes = LATENTS, (*LATENTS[:-1], 20), text, image
+    noise, control, text, image = (normal(seed, *shape) for seed, shape in enumerate(shapes))
+    return noise, control, text, np.repeat(image, branches, axis=0)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
