@@ -70,7 +70,7 @@ def test_second_start_compiles_nothing(tmp_path):
     first, _ = start(tmp_path)
     assert first[MISSES] > 5
     stages = {file.name.split("-")[0] for file in tmp_path.iterdir() if "-" in file.name}
-    assert stages == {"encode_text", "encode_images", "encode_chunk", "context", "denoise_steps", "decode_chunk"}
+    assert stages == {"text_features", "image_features", "encode_chunk", "make_context", "denoise", "decode_chunk"}
     video = np.load(tmp_path / "v.npy")
     files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir() if "-" in file.name}
 

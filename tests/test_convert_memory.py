@@ -19,17 +19,21 @@ from wanjax.weights.write import write_json, write_tensors
 # The embedding is half of it and a file by itself, as in a release: the hardest case.
 CONFIG = UMT5Config(vocab_size=65536, dim=768, ffn_dim=2048, num_heads=12, head_dim=64, num_layers=6)
 
+PROMISED = 1.3  # times the largest file, above what is placed
 LOAD = """
-import json, sys
+import json, resource, sys
+from pathlib import Path
 import jax, jax.numpy as jnp
 from wanjax.weights import Checkpoint
 
 folder, dtype, sharded = sys.argv[1], sys.argv[2], sys.argv[3] == "True"
 mesh = jax.make_mesh((8,), ("fsdp",))
 
-def memory(name):  # not getrusage: its peak is handed down by the process that started this one
-    with open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith(name)).split()[1]) * 1024
+def memory(name):  # bytes now (VmRSS) or at most so far (VmHWM); where there is no /proc, at most so far
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage hands the peak down from the process that started this one
+        return int(next(line for line in status.read_text().splitlines() if line.startswith(name)).split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def choose(path, leaf):
     last = leaf.ndim - 1 if leaf.ndim > 1 and leaf.shape[-1] % 8 == 0 else None
@@ -75,6 +79,5 @@ def test_peak_memory_of_loading(stored, loaded, sharded, tmp_path):
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout)
     assert measured["placed"] > 0.95 * jnp.dtype(loaded).itemsize * 92 * 10**6
-    print(f"above what is placed: {measured['above'] / largest:.2f} x the largest file of {largest / 1e6:.0f} MB")
-    # The promise is 1.3. Mapped pages are given back on the way, so less is enough, even with what JAX itself needs.
-    assert measured["above"] <= 0.9 * largest
+    above = measured["above"] / largest  # what JAX itself takes meanwhile is in it
+    assert above <= PROMISED, f"{above:.2f} x the largest file of {largest / 1e6:.0f} MB"

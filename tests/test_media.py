@@ -59,8 +59,8 @@ def test_mp4_is_bt709(tmp_path, colour):
 
 def test_mp4_fractional_rate(tmp_path):
     media.write_video(tmp_path / "a.mp4", picture_video(), fps=29.97002997)
-    _, stream = decode(tmp_path / "a.mp4")
-    assert (stream.average_rate.numerator, stream.average_rate.denominator) == (30000, 1001)
+    _, rate, _ = decode(tmp_path / "a.mp4")
+    assert (rate.numerator, rate.denominator) == (30000, 1001)
 
 
 def test_mp4_refuses_odd_sizes_and_leaves_nothing(tmp_path):
