@@ -38,7 +38,7 @@ def test_clip_pixels_equal_official(case, i, name):
 
 def test_size_and_video_pixels_equal_official():
     first = golden("first_large")
-    size = images.choose_size(first, 64 * 96)
+    size = images.choose_size(first, 64 * 96, 16)
     assert size == tuple(EXPECTED["large_size"])
     pixels = images.video_pixels(first, *size)
     same(pixels, np.moveaxis(EXPECTED["large_first_video"], 0, -1))
@@ -78,8 +78,8 @@ def test_bicubic_equals_torch():
 
 
 def test_official_size_loses_a_step_to_rounding():
-    assert images.choose_size(picture(832, 480), 480 * 832) == (464, 832)
-    assert images.choose_size(picture(1280, 720), 720 * 1280) == (720, 1280)
+    assert images.choose_size(picture(832, 480), 480 * 832, 16) == (464, 832)
+    assert images.choose_size(picture(1280, 720), 720 * 1280, 16) == (720, 1280)
 
 
 def test_official_size_formula():
@@ -88,12 +88,12 @@ def test_official_size_formula():
     for width, height, area in rng.integers([100, 100, 200_000], [900, 900, 1_000_000], (300, 3)).tolist():
         rows, columns = (math.sqrt(x) // 8 // 2 * 2 for x in (area * (height / width), area / (height / width)))
         image = PIL.Image.new("RGB", (width, height))
-        assert images.choose_size(image, area) == (round(rows) * 8, round(columns) * 8)
+        assert images.choose_size(image, area, 16) == (round(rows) * 8, round(columns) * 8)
 
 
 def test_too_narrow_a_picture():
     with pytest.raises(InputError, match=r"first frame 4000x2 at an area of 6144 .*; accepted: .*; set height"):
-        images.choose_size(picture(4000, 2), 64 * 96)
+        images.choose_size(picture(4000, 2), 64 * 96, 16)
 
 
 # ---- frames of different shapes ---------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_too_narrow_a_picture():
 
 def test_frames_of_one_shape_stay_as_they_are():
     frames = [picture(150, 100, 0), picture(150, 100, 1)]
-    for ours, given in zip(images.match_frames(frames, 64, 96), frames, strict=True):
+    for ours, given in zip(images.match_frames(frames, 64, 96, 16), frames, strict=True):
         np.testing.assert_array_equal(ours, given)
 
 
@@ -109,33 +109,33 @@ def test_the_first_frame_is_whole_under_the_official_size():
     sizes = np.random.default_rng(0).integers(100, 900, (300, 2)).tolist()
     for width, height in [*sizes, [832, 480], [1248, 720]]:
         first = PIL.Image.new("RGB", (width, height))
-        assert images.match_frames([first], *images.choose_size(first, 480 * 832))[0].size == (width, height)
+        assert images.match_frames([first], *images.choose_size(first, 480 * 832, 16))[0].size == (width, height)
 
 
 def test_another_aspect_ratio_is_centre_cropped():
     columns = np.repeat(np.arange(100, dtype=np.uint8), 3).reshape(1, 100, 3).repeat(40, 0)  # each column its number
-    first, last = images.match_frames([picture(60, 40), columns], 64, 96)
+    first, last = images.match_frames([picture(60, 40), columns], 64, 96, 16)
     assert first.size == last.size == (60, 40)
     np.testing.assert_array_equal(np.asarray(last)[0, :, 0], np.arange(20, 80))
     rows = columns.swapaxes(0, 1)
-    last = images.match_frames([picture(60, 40), rows], 64, 96)[1]
+    last = images.match_frames([picture(60, 40), rows], 64, 96, 16)[1]
     assert last.size == (40, 27)
     np.testing.assert_array_equal(np.asarray(last)[:, 0, 0], np.arange(36, 63))
 
 
 def test_same_aspect_at_another_resolution_is_the_same_field():
-    first, last = images.match_frames([picture(150, 100), picture(300, 200)], 64, 96)
+    first, last = images.match_frames([picture(150, 100), picture(300, 200)], 64, 96, 16)
     assert first.size == (150, 100)
     assert last.size == (300, 200)
 
 
 def test_an_explicit_size_of_another_shape_crops_both_frames():
-    first, last = images.match_frames([picture(150, 100), picture(150, 100, 1)], 96, 96)
+    first, last = images.match_frames([picture(150, 100), picture(150, 100, 1)], 96, 96, 16)
     assert first.size == last.size == (100, 100)
 
 
 def test_diffusers_stretches_instead_of_cropping():
-    frames = images.match_frames([picture(150, 100), picture(110, 130)], 64, 96, "diffusers")
+    frames = images.match_frames([picture(150, 100), picture(110, 130)], 64, 96, 16, "diffusers")
     assert [frame.size for frame in frames] == [(150, 100), (110, 130)]
 
 

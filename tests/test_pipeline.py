@@ -7,11 +7,12 @@ import numpy as np
 import PIL.Image
 import pytest
 from tiny import DIFFUSERS, flags
+from tiny_checkpoints import without_images
 
 import sample_jax
 import wanjax
 from wanjax import demo
-from wanjax.config import NETWORK_FIELDS, SampleConfig
+from wanjax.config import NETWORK_FIELDS, DiTConfig, SampleConfig
 from wanjax.errors import InputError
 from wanjax.sampling.memory import choose_keep
 from wanjax.weights import hub
@@ -154,6 +155,33 @@ def test_what_does_not_fit_is_not_kept(pipe, monkeypatch):
     for fits, keep in ((2, "all"), (1.9, "one")):
         monkeypatch.setattr("wanjax.sampling.memory.memory_bytes", lambda _, n=fits: n * pipe.networks.bytes())
         assert choose_keep("auto", pipe.networks, pipe.mesh) == keep
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "official"])
+def test_frames_without_an_image_branch(layout, tmp_path):
+    """36 channels and no CLIP, as Wan2.2's: mask and latents alone say what is given, first and last frame too."""
+    without_images(layout, tmp_path / "c", 36, "i2v")
+    pipe = wanjax.Pipeline.from_pretrained(tmp_path / "c", dtype="float32", compile_cache="off")
+    assert (pipe.dit.task, pipe.dit.tasks) == ("i2v", ("i2v", "flf2v"))
+    both, first = pipe(**CALL), pipe(**CALL | {"last_frame": None})
+    assert np.abs(both.latents - first.latents).max() > 0.01
+    assert set(both.seconds) == {"text", "VAE encode", "DiT", "denoise", "VAE decode"}
+    with pytest.raises(
+        InputError, match="no frame given to a i2v checkpoint, which takes --first-frame with or without"
+    ):
+        pipe(**CALL | {"first_frame": None, "last_frame": None})
+
+
+def test_what_a_network_can_be_asked_for():
+    t2v = DiTConfig(in_channels=16, image_dim=None, image_positions=0)
+    tasks = {
+        t2v: ("t2v",),
+        dataclasses.replace(t2v, in_channels=36): ("i2v", "flf2v"),
+        DiTConfig(image_positions=0): ("i2v",),
+        DiTConfig(): ("i2v", "flf2v"),
+        DiTConfig(model_type="i2v"): ("i2v",),
+    }
+    assert {config: config.tasks for config in tasks} == tasks
 
 
 # ------------------------------------------------------------------------------------------------------------- the hub

@@ -76,24 +76,29 @@ def make_i2v(layout, folder):
 
 
 def make_t2v(layout, folder):
-    """A checkpoint without image encoder and image branch."""
+    """A checkpoint without image encoder, image branch and control branch."""
+    return without_images(layout, folder, 16, "t2v")
+
+
+def without_images(layout, folder, in_channels, model_type):
+    """A checkpoint without image encoder and image branch; with 36 channels, frames come by mask and latents alone."""
     copy_checkpoint(layout, folder)
     branch = ("add_k_proj", "add_v_proj", "norm_added_k", "image_embedder", "k_img", "v_img", "img_emb")
 
     def cut(tensors):
         for key in [key for key in tensors if any(part in key for part in branch)]:
             del tensors[key]
-        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :16].copy()
+        tensors["patch_embedding.weight"] = tensors["patch_embedding.weight"][:, :in_channels].copy()
 
     edit(folder / f"{DIT_FILE[layout]}.safetensors", cut)
     (folder / f"{CLIP_FILE[layout]}.safetensors").unlink()
     if layout == "diffusers":
         shutil.rmtree(folder / "image_encoder")
         shutil.rmtree(folder / "image_processor")
-        entries = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None, "in_channels": 16}
+        entries = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None, "in_channels": in_channels}
         edit_json(folder / "transformer/config.json", **entries)
     else:
-        edit_json(folder / "config.json", model_type="t2v", in_dim=16)
+        edit_json(folder / "config.json", model_type=model_type, in_dim=in_channels)
     return folder
 
 

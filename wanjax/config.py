@@ -53,7 +53,8 @@ class DiTConfig:
     """Wan2.1 diffusion transformer. The defaults are FLF2V-14B.
 
     `image_dim` is the width of the CLIP features (None: no image branch, t2v); `image_positions` the length of the
-    learned position embedding over the image tokens of both frames (0: none, i2v). `quantize` is the format that the
+    learned position embedding over the image tokens of both frames (0: none, i2v). `model_type` is what the network was
+    built for, as checkpoints say it; None: told from its inputs (see `task`). `quantize` is the format that the
     blocks' matrices are stored and multiplied in: of all blocks, or of those from `quantized_layers[0]` to before
     `quantized_layers[1]`.
     """
@@ -74,6 +75,7 @@ class DiTConfig:
     attention: Attention = "auto"
     quantize: Literal["off", "fp8", "int8"] = "off"
     quantized_layers: tuple[int, int] | None = None
+    model_type: Literal["t2v", "i2v", "flf2v"] | None = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -93,10 +95,26 @@ class DiTConfig:
 
     @property
     def task(self) -> Literal["t2v", "i2v", "flf2v"]:
-        """What the network was built for, read off its inputs."""
-        if self.image_dim is None:
+        """What the network was built for.
+
+        Where it is not said: without a control branch t2v, with positions for two frames flf2v, else i2v.
+        """
+        if self.model_type is not None:
+            return self.model_type
+        if self.in_channels == self.out_channels:
             return "t2v"
-        return "flf2v" if self.image_positions else "i2v"
+        return "flf2v" if self.image_dim is not None and self.image_positions else "i2v"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the network can be asked for.
+
+        An flf2v network takes a first frame alone too, as it learned in its first stage. An i2v network without an
+        image branch (Wan2.2) takes a last frame too: mask and latents say all that it is told of the frames.
+        """
+        if self.task == "i2v" and self.image_dim is None:
+            return ("i2v", "flf2v")
+        return {"t2v": ("t2v",), "i2v": ("i2v",), "flf2v": ("i2v", "flf2v")}[self.task]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +141,16 @@ class VAEConfig:
 
     @property
     def temporal_factor(self) -> int:
-        """Pixel frames in a latent frame, but for the first."""
+        """Pixel frames in a latent frame, but for the first; also the number of mask channels."""
         return 2 ** sum(self.temporal_downsample)
+
+    def size_multiple(self, patch_size: tuple[int, int, int] = (1, 2, 2)) -> int:
+        """What height and width in pixels are multiples of: latent cells that the DiT's patches cover."""
+        return self.spatial_factor * patch_size[1]
+
+
+WAN_VAE = VAEConfig()
+"""The published VAE: what geometry is taken from where no checkpoint is at hand yet."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sharding.rules import constrain, replicate
-from wanjax.conditioning.frames import TEMPORAL_FACTOR, control_branch, control_video, latent_mask, to_pixels
+from wanjax.conditioning.frames import control_branch, control_video, latent_mask, to_pixels
 from wanjax.conditioning.samples import Encoded, PixelSample
 from wanjax.conditioning.text import Tokenizer, encode_text
 from wanjax.config import CLIPConfig, DiTConfig, TrainConfig, UMT5Config, VAEConfig
@@ -157,10 +157,11 @@ class Encoders:
           size: H and W.
           tick: called once a latent frame.
         """
+        vae: VAEConfig = self.networks.configs["vae"]
         pixels = iter(frames)
         latents, cache = [], None
-        for start in [0, *range(1, len(given), TEMPORAL_FACTOR)]:
-            chunk = given[start : start + (TEMPORAL_FACTOR if start else 1)]
+        for start in [0, *range(1, len(given), vae.temporal_factor)]:
+            chunk = given[start : start + (vae.temporal_factor if start else 1)]
             video = np.zeros((1, len(chunk), *size, 3), np.float32)
             for i in np.flatnonzero(chunk):
                 video[0, i] = next(pixels)
@@ -168,7 +169,8 @@ class Encoders:
             latents.append(chunk_latents)
             tick()
         known = jnp.concatenate(latents, axis=1)
-        return control_branch(latent_mask(given[None], *known.shape[2:4]), known)
+        h, w = known.shape[2:4]
+        return control_branch(latent_mask(given[None], h, w, vae), known)
 
 
 def open_encoders(config: TrainConfig, dit: DiTConfig) -> Encoders:
@@ -193,7 +195,8 @@ def encode_batch(
     control = None
     if has_control:
         known = vae.encode(control_video(video, batch.given))
-        control = control_branch(latent_mask(batch.given, *latents.shape[2:4]), known)  # [b, f, h, w, 4 + c]
+        h, w = latents.shape[2:4]
+        control = control_branch(latent_mask(batch.given, h, w, vae.config), known)  # [b, f, h, w, 4 + c]
     image = None
     if clip is not None and batch.clip is not None:
         # One image of every clip at a time, for the memory of one.

@@ -19,47 +19,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wanjax.config import WAN_VAE, VAEConfig
 from wanjax.errors import InputError
 
 Task = Literal["t2v", "i2v", "flf2v", "continuation", "interpolation"]
 
-TEMPORAL_FACTOR = 4
-"""Pixel frames in a latent frame, but for the first; also the number of mask channels."""
-SPATIAL_FACTOR = 8
-"""Pixels along the side of a latent cell."""
-SIZE_MULTIPLE = 16
-"""The VAE's 8 pixels times the DiT's patch of 2."""
 
-
-def latent_frames(frames: int) -> int:
-    """Latent frames of a video of `frames` pixel frames.
+def latent_frames(frames: int, vae: VAEConfig = WAN_VAE) -> int:
+    """Latent frames of a video of `frames` pixel frames, 4 n + 1 of them with the published VAE.
 
     Raises:
-      InputError: unless `frames` is 4 n + 1.
+      InputError: another number of frames.
     """
-    if frames < 1 or frames % TEMPORAL_FACTOR != 1:
-        below = max(1, (frames - 1) // TEMPORAL_FACTOR * TEMPORAL_FACTOR + 1)
+    n = vae.temporal_factor
+    if frames < 1 or (frames - 1) % n:
+        below = max(1, (frames - 1) // n * n + 1)
         raise InputError(
-            f"{frames} frames: accepted are 4n+1 (1, 5, .. 81, ..); use {below} or {below + TEMPORAL_FACTOR}"
+            f"{frames} frames: accepted are {n}n+1 (1, {1 + n}, .. {1 + 20 * n}, ..); use {below} or {below + n}"
         )
-    return (frames - 1) // TEMPORAL_FACTOR + 1
+    return (frames - 1) // n + 1
 
 
-def latent_size(height: int, width: int) -> tuple[int, int]:
+def latent_size(
+    height: int, width: int, vae: VAEConfig = WAN_VAE, patch_size: tuple[int, int, int] = (1, 2, 2)
+) -> tuple[int, int]:
     """Latent height and width of a video of `height` x `width` pixels.
 
     Raises:
-      InputError: unless both are positive multiples of 16.
+      InputError: unless both are positive multiples of what VAE and patches divide, 16 for published networks.
     """
-    if height < 1 or width < 1 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-        near = [max(1, round(side / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in (height, width)]
+    step = vae.size_multiple(patch_size)
+    if height < 1 or width < 1 or height % step or width % step:
+        near = [max(1, round(side / step)) * step for side in (height, width)]
         raise InputError(
-            f"height {height}, width {width}: accepted are multiples of {SIZE_MULTIPLE}; use {near[0]} and {near[1]}"
+            f"height {height}, width {width}: accepted are multiples of {step}; use {near[0]} and {near[1]}"
         )
-    return height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+    return height // vae.spatial_factor, width // vae.spatial_factor
 
 
-def given_frames(task: Task, frames: int, *, count: int = 1, indices: Sequence[int] = ()) -> np.ndarray:
+def given_frames(
+    task: Task, frames: int, *, count: int = 1, indices: Sequence[int] = (), vae: VAEConfig = WAN_VAE
+) -> np.ndarray:
     """Which pixel frames `task` gives: bool `[F]`, on the host. Stack several for a batch of mixed tasks.
 
     Args:
@@ -67,11 +67,12 @@ def given_frames(task: Task, frames: int, *, count: int = 1, indices: Sequence[i
       frames: length of the video, 4 n + 1.
       count: continuation only: how many frames at the start, 1 to F - 1.
       indices: interpolation only: which frames, 0 to F - 1 (or from -F, counted from the end).
+      vae: whose lengths are accepted.
 
     Raises:
       InputError: wrong length, count or index, or an unknown task.
     """
-    latent_frames(frames)
+    latent_frames(frames, vae)
     if task == "continuation" and not 1 <= count < frames:
         raise InputError(f"continuation from {count} of {frames} frames: accepted are 1 to {frames - 1}; change count")
     if any(not -frames <= i < frames for i in indices):
@@ -92,24 +93,25 @@ def given_frames(task: Task, frames: int, *, count: int = 1, indices: Sequence[i
     return given
 
 
-def latent_mask(given: jax.Array | np.ndarray, height: int, width: int) -> jax.Array:
-    """The mask channels, float32 `[b, f, h, w, 4]`: 1 = given.
+def latent_mask(given: jax.Array | np.ndarray, height: int, width: int, vae: VAEConfig = WAN_VAE) -> jax.Array:
+    """The mask channels, one for each pixel frame of a latent frame: float32 `[b, f, h, w, 4]`, 1 = given.
 
     Args:
       given: bool `[b, F]`, see `given_frames`.
       height, width: of the latents.
+      vae: that makes the latents.
 
     Raises:
       InputError: unless F is 4 n + 1.
     """
     b, frames = given.shape
-    f = latent_frames(frames)
-    # Of each latent frame: the first frame four times, then four by four. Chosen by a product, which is exact for ones
+    f, n = latent_frames(frames, vae), vae.temporal_factor
+    # Of each latent frame: the first frame n times, then n by n. Chosen by a product, which is exact for ones
     # and zeros and keeps the sharding of a single sample: a slice of one element has none, from JAX 0.12 on.
-    chosen = np.maximum(np.arange(f * TEMPORAL_FACTOR) - (TEMPORAL_FACTOR - 1), 0).reshape(f, TEMPORAL_FACTOR)
+    chosen = np.maximum(np.arange(f * n) - (n - 1), 0).reshape(f, n)
     choice = np.arange(frames)[:, None, None] == chosen  # [F, f, 4]
     flags = jnp.einsum("bF,Ffk->bfk", jnp.asarray(given).astype(jnp.float32), choice.astype(np.float32))  # [b, f, 4]
-    return jnp.broadcast_to(flags[:, :, None, None], (b, f, height, width, TEMPORAL_FACTOR))  # [b, f, h, w, 4]
+    return jnp.broadcast_to(flags[:, :, None, None], (b, f, height, width, n))  # [b, f, h, w, 4]
 
 
 def to_pixels(video: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """From picture files to what the VAE and CLIP see (Wan2.1 `wan/first_last_frame2video.py`, `wan/modules/clip.py`).
 
     picture = read_image(path)
-    height, width = choose_size(picture, area)               # or the user's own
-    frames = match_frames([first, last], height, width)      # both show the same field
+    height, width = choose_size(picture, area, 16)           # or the user's own
+    frames = match_frames([first, last], height, width, 16)  # both show the same field
     video_pixels(frame, height, width)                       # [H, W, 3] for the VAE
     clip_pixels(frame, 224)                                  # [224, 224, 3] for CLIP
 
@@ -26,7 +26,6 @@ from wanjax.errors import InputError
 Picture = PIL.Image.Image | np.ndarray
 Conventions = Literal["official", "diffusers"]
 
-SIZE_STEP = 16  # pixels of one DiT token: 8 of the VAE times 2 of the patch
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 ACCEPTED = "accepted: PNG, JPEG, WebP, BMP, GIF or TIFF with 8 or 16 bits a channel"
@@ -82,28 +81,28 @@ def as_rgb(picture: Picture) -> PIL.Image.Image:
     return picture.convert("RGB")
 
 
-def choose_size(first: Picture, area: int) -> tuple[int, int]:
+def choose_size(first: Picture, area: int, step: int) -> tuple[int, int]:
     """Height and width of a video of about `area` pixels with the first frame's aspect ratio: the official choice.
 
-    Each side is rounded down to `SIZE_STEP`. As in the official code the square root may fall a hair short of a whole
-    step and lose it: 832x480 at an area of 480*832 gives 832x464.
+    Each side is rounded down to a multiple of `step`, the pixels of one DiT token. As in the official code the square
+    root may fall a hair short of a whole step and lose it: 832x480 at an area of 480*832 gives 832x464.
 
     Raises:
       InputError: a side would be shorter than one step.
     """
     width, height = as_rgb(first).size
     aspect = height / width
-    size = tuple(int(math.sqrt(x) // SIZE_STEP) * SIZE_STEP for x in (area * aspect, area / aspect))
-    if min(size) < SIZE_STEP:
+    size = tuple(int(math.sqrt(x) // step) * step for x in (area * aspect, area / aspect))
+    if min(size) < step:
         raise InputError(
-            f"first frame {width}x{height} at an area of {area} pixels gives a side under {SIZE_STEP} pixels; "
+            f"first frame {width}x{height} at an area of {area} pixels gives a side under {step} pixels; "
             "accepted: larger areas or less narrow pictures; set height and width, or crop the picture"
         )
     return size[0], size[1]
 
 
 def match_frames(
-    frames: Sequence[Picture], height: int, width: int, conventions: Conventions = "official"
+    frames: Sequence[Picture], height: int, width: int, step: int, conventions: Conventions = "official"
 ) -> list[PIL.Image.Image]:
     """Cut the given frames, first one first, so that all show the same field when stretched to the video's size.
 
@@ -121,7 +120,7 @@ def match_frames(
     w, h = pictures[0].size
     # What is left over at each side after covering, times the picture's side: integers, because the limit is met often.
     over_h, over_w = h * width - w * height, w * height - h * width
-    whole = over_h <= SIZE_STEP * w and over_w <= SIZE_STEP * h
+    whole = over_h <= step * w and over_w <= step * h
     field = (w, h) if whole else (width, height)
     return [crop_to_aspect(picture, *field) for picture in pictures]
 

@@ -17,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from wanjax.conditioning.images import SIZE_STEP
+from wanjax.config import WAN_VAE
 from wanjax.data.clip import Clip, UnusableClip
 from wanjax.data.decode import TOLERANCE, Damaged, Facts, decode, probe
 from wanjax.data.manifest import Row, read_manifest
 from wanjax.errors import InputError
 
 RATIOS = (Fraction(16, 9), Fraction(4, 3), Fraction(1), Fraction(3, 4), Fraction(9, 16))  # width / height
+STEP = WAN_VAE.size_multiple()
+
 LARGEST = 4096  # root of the largest area: all sizes up to it are compared
 
 
@@ -159,13 +161,13 @@ def choose_sizes(area: int, ratios: Sequence[float | Fraction] = RATIOS) -> tupl
     Raises:
       InputError: no ratios or impossible ones, or an area of less than one step square or more than 4096 x 4096.
     """
-    if not SIZE_STEP**2 <= area <= LARGEST**2 or not ratios or min(ratios) <= 0:
+    if not STEP**2 <= area <= LARGEST**2 or not ratios or min(ratios) <= 0:
         raise InputError(
             f"an area of {area} pixels, ratios {', '.join(map(str, ratios)) or 'none'}; accepted: an area of "
-            f"{SIZE_STEP}x{SIZE_STEP} to {LARGEST}x{LARGEST}, ratios above 0; change them"
+            f"{STEP}x{STEP} to {LARGEST}x{LARGEST}, ratios above 0; change them"
         )
-    sides = range(SIZE_STEP, area // SIZE_STEP + 1, SIZE_STEP)
-    sizes = np.array([(height, width) for height in sides for width in sides[: area // height // SIZE_STEP]])
+    sides = range(STEP, area // STEP + 1, STEP)
+    sizes = np.array([(height, width) for height in sides for width in sides[: area // height // STEP]])
     missing = np.log(area / sizes.prod(axis=1))
     aspect = np.log(sizes[:, 1] / sizes[:, 0])
     # Of equals, the one with the better ratio, so that 1 gives a square.

@@ -15,7 +15,7 @@ from wanjax import media
 from wanjax.conditioning import images, text
 from wanjax.conditioning.encoders import Encoders
 from wanjax.conditioning.frames import Task, given_frames, latent_frames, latent_size
-from wanjax.config import DiTConfig, SampleConfig
+from wanjax.config import WAN_VAE, DiTConfig, SampleConfig, VAEConfig
 from wanjax.diffusion import solvers
 from wanjax.diffusion.caching import Rules
 from wanjax.errors import InputError
@@ -68,10 +68,10 @@ def make_request(config: SampleConfig, networks: Networks, encoders: Encoders) -
     Raises:
       InputError: anything in it that cannot be used.
     """
-    dit, clip, checkpoint = encoders.dit, encoders.clip, networks.checkpoint
+    dit, vae, clip, checkpoint = encoders.dit, networks.configs["vae"], encoders.clip, networks.checkpoint
     task = choose_task(dit, config)
-    f = choose_length(config)
-    height, width, pictures = read_pictures(config)
+    f = choose_length(config, vae)
+    height, width, pictures = read_pictures(config, vae, dit)
     tokens = encoders.tokenizer(choose_prompts(config, task))
     shift = (checkpoint.flow_shift or SHIFTS[task]) if config.shift is None else config.shift
     schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
@@ -82,7 +82,7 @@ def make_request(config: SampleConfig, networks: Networks, encoders: Encoders) -
         task=task,
         height=height,
         width=width,
-        given=given_frames(task, config.frames),
+        given=given_frames(task, config.frames, vae=vae),
         frames=np.stack(frames) if frames else np.zeros((0, height, width, 3), np.float32),
         clip_pixels=np.stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures])
         if clip
@@ -91,26 +91,27 @@ def make_request(config: SampleConfig, networks: Networks, encoders: Encoders) -
         schedule=schedule,
         shift=shift,
         rules=make_rules(config, schedule, measured),
-        noise=make_noise(config, (1, f, *latent_size(height, width), dit.out_channels)),
+        noise=make_noise(config, (1, f, *latent_size(height, width, vae, dit.patch_size), dit.out_channels)),
     )
 
 
-def read_pictures(config: SampleConfig) -> tuple[int, int, list[PIL.Image.Image]]:
+def read_pictures(config: SampleConfig, vae: VAEConfig, dit: DiTConfig) -> tuple[int, int, list[PIL.Image.Image]]:
     """Height and width of the video, and the given frames, which show the same field when stretched to that size.
 
     Raises:
       InputError: a picture cannot be read, or the size cannot be had.
     """
     pictures = [images.read_image(p) for p in (config.first_frame, config.last_frame) if p is not None]
-    height, width = choose_size(config, pictures)
-    matched = images.match_frames(pictures, height, width, config.conventions) if pictures else []
+    height, width = choose_size(config, pictures, vae, dit)
+    step = vae.size_multiple(dit.patch_size)
+    matched = images.match_frames(pictures, height, width, step, config.conventions) if pictures else []
     return height, width, matched
 
 
 def choose_task(dit: DiTConfig, config: SampleConfig) -> Task:
     """The task that the given frames ask for, if the network can do it.
 
-    An flf2v network also takes a first frame alone, as it learned in its first training stage.
+    See `DiTConfig.tasks`.
 
     Raises:
       InputError: it cannot.
@@ -120,16 +121,15 @@ def choose_task(dit: DiTConfig, config: SampleConfig) -> Task:
     )
     tasks: dict[tuple[str, ...], Task] = {(): "t2v", ("first",): "i2v", ("first", "last"): "flf2v"}
     asked = tasks.get(given)
-    accepted = {"t2v": ("t2v",), "i2v": ("i2v",), "flf2v": ("i2v", "flf2v")}[dit.task]
-    if asked is None or asked not in accepted:
+    if asked is None or asked not in dit.tasks:
         flags = {
-            "t2v": "no frames",
-            "i2v": "--first-frame alone",
-            "flf2v": "--first-frame with or without --last-frame",
+            ("t2v",): "no frames",
+            ("i2v",): "--first-frame alone",
+            ("i2v", "flf2v"): "--first-frame with or without --last-frame",
         }
         frames = " and ".join(f"--{name}-frame" for name in given) or "no frame"
         raise InputError(
-            f"{frames} given to a {dit.task} checkpoint, which takes {flags[dit.task]}; "
+            f"{frames} given to a {dit.task} checkpoint, which takes {flags[dit.tasks]}; "
             "change the frames or give another --checkpoint"
         )
     return asked
@@ -147,7 +147,7 @@ def choose_prompts(config: SampleConfig, task: Task) -> list[str]:
     return [config.prompt] if config.guidance == 1 else [config.prompt, negative]
 
 
-def choose_length(config: SampleConfig) -> int:
+def choose_length(config: SampleConfig, vae: VAEConfig) -> int:
     """Latent frames of the video.
 
     Raises:
@@ -155,21 +155,25 @@ def choose_length(config: SampleConfig) -> int:
     """
     if not 0 < config.fps < math.inf:
         raise InputError(f"fps {config.fps}; a number above 0 is accepted; 16 is what the model was trained with")
-    return latent_frames(config.frames)
+    return latent_frames(config.frames, vae)
 
 
-def choose_size(config: SampleConfig, pictures: list[Any]) -> tuple[int, int]:
+def choose_size(
+    config: SampleConfig, pictures: list[Any], vae: VAEConfig = WAN_VAE, dit: DiTConfig | None = None
+) -> tuple[int, int]:
     """Height and width in pixels: as given, or else with the first picture's aspect ratio at the configured area."""
+    patch_size = (dit or DiTConfig()).patch_size
+    step = vae.size_multiple(patch_size)
     if config.height is not None and config.width is not None:
         height, width = config.height, config.width
     else:
         first = pictures[0] if pictures else np.zeros((9, 16, 3), np.uint8)
-        height, width = images.choose_size(first, config.area)
+        height, width = images.choose_size(first, config.area, step)
         if config.height is not None:
-            height, width = config.height, max(16, round(config.height * width / height / 16) * 16)
+            height, width = config.height, max(step, round(config.height * width / height / step) * step)
         elif config.width is not None:
-            height, width = max(16, round(config.width * height / width / 16) * 16), config.width
-    latent_size(height, width)
+            height, width = max(step, round(config.width * height / width / step) * step), config.width
+    latent_size(height, width, vae, patch_size)
     return height, width
 
 

@@ -26,7 +26,7 @@ from wanjax.models.dit import DiT, ImageEmbedding
 from wanjax.weights import Checkpoint
 from wanjax.weights.load import ChooseSharding, abstract_model, is_param, parameters, replicated, zeros
 
-WIDENED = ("in_channels", "image_dim", "image_positions")
+WIDENED = ("in_channels", "image_dim", "image_positions", "model_type")
 
 
 def start_config(checkpoint: Checkpoint, config: DiTConfig) -> DiTConfig:

@@ -25,7 +25,7 @@ from flax import serialization
 from tqdm import tqdm
 
 from wanjax.conditioning.encoders import Encoders
-from wanjax.conditioning.frames import TEMPORAL_FACTOR, latent_mask
+from wanjax.conditioning.frames import latent_mask
 from wanjax.conditioning.samples import Encoded, PixelSample
 from wanjax.config import CachedData, DiTConfig, TrainConfig
 from wanjax.data.batch import shard_batch
@@ -166,7 +166,7 @@ def _pack(name: str, encoded: Encoded, given: np.ndarray) -> bytes:
     if encoded.image is not None:
         arrays["image"] = encoded.image
     if encoded.control is not None:
-        arrays["known"] = encoded.control[..., TEMPORAL_FACTOR:]
+        arrays["known"] = encoded.control[..., -encoded.latents.shape[-1] :]
     return serialization.msgpack_serialize({"name": name} | {key: np.ascontiguousarray(x) for key, x in arrays.items()})
 
 

@@ -84,7 +84,7 @@ class Reconstruction(Objective[VAE, Snippet, Drawn]):
         """Draw the latents' noise."""
         b, frames, height, width, _ = batch.video.shape
         factor = self.vae.spatial_factor
-        shape = (b, latent_frames(frames), height // factor, width // factor, self.vae.z_dim)
+        shape = (b, latent_frames(frames, self.vae), height // factor, width // factor, self.vae.z_dim)
         spec = activation_spec(shape, "batch", None, None, None, None)
         return Drawn(batch, jax.random.normal(key, shape, jnp.float32, out_sharding=spec))
 

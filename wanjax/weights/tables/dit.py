@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -129,7 +130,7 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
     """Sizes from `config.json`, and from the shapes what it does not say: text and image widths, positions, patch."""
     has_image = "img_emb.proj.0.weight" in shapes
     _, _, pt, ph, pw = shapes["patch_embedding.weight"]
-    return DiTConfig(
+    config = DiTConfig(
         dim=settings["dim"],
         ffn_dim=settings["ffn_dim"],
         num_heads=settings["num_heads"],
@@ -144,6 +145,19 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> D
         image_positions=shapes["img_emb.emb_pos"][1] if "img_emb.emb_pos" in shapes else 0,
         eps=settings["eps"],
     )
+    return with_model_type(config, settings.get("model_type"))
+
+
+def with_model_type(config: DiTConfig, said: Any) -> DiTConfig:
+    """The configuration with what an official `config.json` says of the task, where that is not what the inputs say.
+
+    Raises:
+      InputError: it says something that is not Wan's.
+    """
+    accepted = ("t2v", "i2v", "flf2v")
+    if said is not None and said not in accepted:
+        raise InputError(f"Transformer with model_type = {said}; {', '.join(accepted)} are accepted.")
+    return config if said in (None, config.task) else dataclasses.replace(config, model_type=said)
 
 
 def read_quantization(infos: Mapping[str, TensorInfo], num_layers: int) -> dict[str, Any]:
