@@ -35,6 +35,7 @@ aot-gpu-setup: .venv-gpu/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 golden: $(VENV)/.golden  ## remakes tests/golden but for official/
