@@ -11,6 +11,7 @@ import pytest
 
 from wanjax import media
 from wanjax.errors import InputError
+from wanjax.files import check_output
 
 
 def picture_video(frames=5, height=32, width=48):
@@ -116,14 +117,14 @@ def test_nan_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "A.MP4", "a.gif", "a.npy", "folder", "new/deep/a.mp4"])
 def test_check_accepts_and_leaves_no_trace(tmp_path, name):
-    assert media.check_output(tmp_path / name) == tmp_path / name
+    assert check_output(tmp_path / name) == tmp_path / name
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["a.avi", "a.png", "a.npz", "a.mp4.txt"])
 def test_check_refuses_other_extensions(tmp_path, name):
     with pytest.raises(InputError, match=r"accepted: \.mp4, \.gif, \.npy, a folder .*; change the name"):
-        media.check_output(tmp_path / name)
+        check_output(tmp_path / name)
 
 
 def test_check_refuses_what_is_in_the_way(tmp_path):
@@ -139,7 +140,7 @@ def test_check_refuses_what_is_in_the_way(tmp_path):
         (f"{'n' * 300}.mp4", "cannot be written"),
     ]:
         with pytest.raises(InputError, match=message) as caught:
-            media.check_output(tmp_path / name)
+            check_output(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert "accepted:" in str(caught.value)
     assert (tmp_path / "letters" / "dear.txt").read_text() == "x"
@@ -151,7 +152,7 @@ def test_check_refuses_a_place_without_permission(tmp_path, monkeypatch):
 
     monkeypatch.setattr(media.Path, "touch", denied)  # root may write anywhere, so a mode would prove nothing
     with pytest.raises(InputError, match=r"cannot be written \(Permission denied\)"):
-        media.check_output(tmp_path / "a.mp4")
+        check_output(tmp_path / "a.mp4")
 
 
 def test_earlier_outputs_are_replaced_whole(tmp_path):

@@ -1,4 +1,4 @@
-"""The Wan-VAE against both references, and its promises: causal, streamed, bounded memory, tiled."""
+"""The Wan-VAE against both references, and its promises: causal, streamed, bounded memory."""
 
 import dataclasses
 import functools
@@ -14,7 +14,6 @@ from wanjax.config import VAEConfig
 from wanjax.errors import InputError
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Norm, conv
-from wanjax.models.vae_tiling import decode_tiled, encode_tiled
 from wanjax.ops.conv import conv2d
 from wanjax.weights import Checkpoint
 
@@ -177,45 +176,6 @@ def test_norm():
     np.testing.assert_array_equal(norm(x * 0), 0)
 
 
-def test_a_tile_that_covers_the_frame_changes_nothing():
-    vae, video, latents = small(), noise(1, 9, 32, 32, 3), noise(1, 5, 16, 16, 16)
-    tiled = jax.jit(lambda vae, video: encode_tiled(vae, video, (32, 64), 8))(vae, video)
-    np.testing.assert_array_equal(tiled, encode(vae, video))
-    tiled = jax.jit(lambda vae, latents: decode_tiled(vae, latents, (256, 256), 64))(vae, latents)
-    np.testing.assert_array_equal(tiled, decode(vae, latents))
-
-
-class Local(nnx.Module):
-    """Stands in for a VAE that looks no further than its cell, so that tiles are exact."""
-
-    config = VAEConfig()
-
-    def encode(self, video):
-        b, f, h, w, c = video.shape
-        return video.reshape(b, f, h // 8, 8, w // 8, 8, c).mean((3, 5))
-
-    def decode(self, latents):
-        return latents.repeat(8, axis=2).repeat(8, axis=3)[..., :3]
-
-
-@pytest.mark.parametrize(("tile", "overlap"), [((32, 32), 16), ((24, 64), 8), ((16, 16), 0), ((48, 40), 24)])
-def test_tiles_are_blended_with_weights_that_add_up_to_one(tile, overlap):
-    vae, video, latents = Local(), noise(1, 5, 56, 72, 3), noise(1, 2, 7, 9, 16)
-    np.testing.assert_allclose(encode_tiled(vae, video, tile, overlap), vae.encode(video), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(decode_tiled(vae, latents, tile, overlap), vae.decode(latents), rtol=0, atol=1e-6)
-
-
-def test_tiles_take_less_memory_and_come_near():
-    # Only near: random weights reach further than a tile. Measured: 15 % of the norm, a fourteenth of the memory.
-    vae, latents = small(), noise(1, 3, 64, 64, 16)
-    tiled = jax.jit(lambda vae, latents: decode_tiled(vae, latents, (32, 32), 16)).lower(vae, latents).compile()
-    whole = decode.lower(vae, latents).compile()
-    ours, exact = tiled(vae, latents), whole(vae, latents)
-    assert np.linalg.norm(ours - exact) <= 0.2 * np.linalg.norm(exact)
-    memory = [x.memory_analysis().temp_size_in_bytes for x in (tiled, whole)]
-    assert memory[0] <= memory[1] / 10
-
-
 def test_full_size():
     # Parameters: sum(p.numel() for p in diffusers.AutoencoderKLWan().parameters()).
     vae = abstract(VAEConfig(dtype=jnp.bfloat16))
@@ -245,10 +205,6 @@ def test_weights_are_stored_as_asked_and_norms_in_float32():
         (lambda v: v.decode(jnp.zeros((1, 2, 2, 2, 4))), r"\(1, 2, 2, 2, 4\) were given"),
         (lambda v: v.decode(jnp.zeros((1, 0, 2, 2, 16))), "were given"),
         (lambda v: v.encode_chunk(jnp.zeros((1, 5, 16, 16, 3)), ()), "5 frames was given"),
-        (lambda v: encode_tiled(v, jnp.zeros((1, 4, 16, 16, 3))), "4 frames was given"),
-        (lambda v: decode_tiled(v, jnp.zeros((2, 2, 2, 16))), "were given"),
-        (lambda v: decode_tiled(v, jnp.zeros((1, 1, 4, 4, 16)), (20, 16), 8), "16x20 with an overlap of 8 were given"),
-        (lambda v: decode_tiled(v, jnp.zeros((1, 1, 4, 4, 16)), (16, 16), 16), "overlap of 16"),
     ],
 )
 def test_refusals(call, message):

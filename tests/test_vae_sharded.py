@@ -15,7 +15,6 @@ from sharding.mesh import AXES, MeshShape
 from sharding.rules import pictures_spec, shard_parameters, split_pictures
 from wanjax.config import VAEConfig
 from wanjax.models.vae import VAE
-from wanjax.models.vae_tiling import decode_tiled, encode_tiled
 from wanjax.report.hlo import read
 
 # 2x2 in space, 2 in time. Every kind of block, few of each.
@@ -142,5 +141,3 @@ def test_streams_and_tiles_fit_together_on_a_mesh(batch, mesh, names):
         latents = jax.eval_shape(lambda vae, x: vae.encode(x), vae, video)
         assert latents.sharding.spec == whole
         assert jax.eval_shape(lambda vae, x: vae.decode(x), vae, latents).sharding.spec == split
-        for tiled, x in ((encode_tiled, video), (decode_tiled, latents)):
-            assert jax.eval_shape(lambda vae, x, tiled=tiled: tiled(vae, x, (8, 8), 2), vae, x).sharding.spec == whole

@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> None:
     config = dataclasses.replace(config, **given_settings(flags, SampleConfig, FLAGS))
 
     from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
-    from wanjax import media
+    from wanjax.files import check_output
     from wanjax.sampling.calibrate import calibrate, report
     from wanjax.sampling.compile_cache import cache_folder, use_persistent_cache
     from wanjax.weights.quantize import in_8_bits
 
-    media.check_output(flags.output, accepted=(".json",))
+    check_output(flags.output, accepted=(".json",))
     use_tpu_options(TPU_OPTIONS_8_BIT if in_8_bits(config) else TPU_OPTIONS)
     use_persistent_cache(cache_folder(config.compile_cache))
     calibration = calibrate(config, read_prompts(flags.prompts) if flags.prompts else [{}])

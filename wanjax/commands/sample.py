@@ -81,13 +81,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def announce(pipe: Pipeline, request: Request) -> None:
     """Print what will be done, if its outputs can be written."""
-    from wanjax import media
+    from wanjax.files import check_output
     from wanjax.weights import lora
 
     config = request.config
-    media.check_output(config.output)
+    check_output(config.output)
     if config.save_latents:
-        media.check_output(config.save_latents, accepted=(".npy",))
+        check_output(config.save_latents, accepted=(".npy",))
     for file in pipe.networks.loras:
         print(lora.describe(file, pipe.dit))
     if config.note:

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from wanjax.errors import InputError
-from wanjax.media import check_output, replacing
+from wanjax.files import check_output, replacing
 
 MANIFEST = (".jsonl", ".csv", ".parquet")
 VIDEO = frozenset(

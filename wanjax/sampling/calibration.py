@@ -19,6 +19,7 @@ import numpy as np
 
 from wanjax.config import SampleConfig
 from wanjax.errors import InputError
+from wanjax.files import replacing
 from wanjax.weights import Checkpoint
 from wanjax.weights.lora_files import LoRAFile
 
@@ -84,10 +85,8 @@ class Calibration:
     def write(self, path: str) -> None:
         """The file appears whole or not at all."""
         text = json.dumps(dataclasses.asdict(self), indent=1)
-        partial = Path(f"{path}.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n")
-        partial.replace(path)
+        with replacing(Path(path)) as partial:
+            partial.write_text(text + "\n")
 
 
 def read(path: str) -> Calibration:

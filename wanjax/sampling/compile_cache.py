@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import os
 import pickle
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
+
+from wanjax.files import replacing
 
 ENVIRONMENT = "WANJAX_COMPILE_CACHE"
 LIBRARIES = (
@@ -116,9 +117,8 @@ class Programs:
             serialized, _, out_tree = serialize_executable.serialize(program)
             payload = pickle.dumps((serialized, jax.tree.unflatten(out_tree, range(out_tree.num_leaves))))
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            Path(file.name).replace(self.folder / name)
+            with replacing(self.folder / name) as path:
+                path.write_bytes(hashlib.sha256(payload).digest() + payload)
         except Exception:  # a platform that cannot, or a full disk: the program runs all the same
             return program
         return program

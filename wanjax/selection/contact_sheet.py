@@ -11,7 +11,7 @@ import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 
-from wanjax.media import check_output, replacing
+from wanjax.files import check_output, replacing
 
 Font = PIL.ImageFont.FreeTypeFont | PIL.ImageFont.ImageFont
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from wanjax.data.manifest import Row
 from wanjax.errors import InputError
-from wanjax.media import check_output, replacing
+from wanjax.files import check_output, replacing
 
 Record = dict[str, Any]
 _OWN = ("name", "way", "file")

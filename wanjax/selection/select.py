@@ -20,7 +20,7 @@ from wanjax.data.decode import Damaged, decode
 from wanjax.data.manifest import MANIFEST, Row, read_manifest, write_manifest
 from wanjax.data.videos import Videos
 from wanjax.errors import InputError
-from wanjax.media import check_output
+from wanjax.files import check_output
 from wanjax.selection.contact_sheet import SHEET, Cell, Section, fit, write_sheet
 from wanjax.selection.score_log import Record, ScoreLog
 from wanjax.selection.scores import Distance, find_duplicates, require_packages, score

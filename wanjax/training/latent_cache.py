@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from wanjax.data.batch import shard_batch
 from wanjax.data.buckets import Order, Shape
 from wanjax.data.samples import TaskSamples, dropped, locate
 from wanjax.errors import InputError
+from wanjax.files import replacing
 from wanjax.weights import Checkpoint
 
 CLIPS_PER_FILE = 256
@@ -250,7 +250,7 @@ def _finish(out: Path, index: dict[str, Any], encoders: Encoders) -> None:
     text = np.asarray(encoders.empty_text())
     _write_whole(out / EMPTY_TEXT, serialization.msgpack_serialize({"text": text[: _length(text)]}))
     _write_whole(out / "index.json", json.dumps(index).encode())
-    for left in out.glob("*.tmp"):  # by processes that were killed
+    for left in out.glob(".*"):  # by processes that were killed
         left.unlink(missing_ok=True)
 
 
@@ -269,18 +269,13 @@ def encode_all(
 
 
 def _write_file(path: Path, records: Iterator[bytes]) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-    try:
+    with replacing(path) as unfinished:
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
         for record in records:
             writer.write(record)
         writer.close()
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(data)
-    unfinished.rename(path)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)

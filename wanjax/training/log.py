@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from sharding.distributed import is_main
+from wanjax.files import replacing
 
 
 class Log:
@@ -34,9 +34,8 @@ class Log:
         # The last line of a killed run may be half a line.
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        new = self.path.with_suffix(".new")
-        new.write_text("".join(kept))
-        os.replace(new, self.path)
+        with replacing(self.path) as new:
+            new.write_text("".join(kept))
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def __enter__(self) -> Log:

@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 
 from wanjax.config import DiTConfig
 from wanjax.errors import InputError
+from wanjax.files import replacing
 from wanjax.models.layers import LowRank
 from wanjax.weights.layouts import NETWORKS, Settings
 from wanjax.weights.load import parameter_shapes
@@ -276,16 +276,11 @@ def write_lora(path: str | Path, config: DiTConfig, adapters: Mapping[str, LowRa
         ranks[name], alphas[name] = adapter.rank, float(adapter.alpha)
     if jax.process_index():
         return
-    target = Path(path)
-    new = target.with_name(f".{target.name}.new")
     infos = {key: TensorInfo(x.shape, x.dtype) for key, x in tensors.items()}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(new, infos, tensors.__getitem__, lambda *_: None, {METADATA: _metadata(ranks, alphas)})
-        os.replace(new, target)
+        with replacing(Path(path)) as new:
+            write_safetensors(new, infos, tensors.__getitem__, lambda *_: None, {METADATA: _metadata(ranks, alphas)})
     except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink()
         raise InputError(f"LoRA {path} cannot be written ({error.strerror}); give another place") from error
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from wanjax.errors import InputError
+from wanjax.files import replacing
 from wanjax.weights import pipeline_files
 from wanjax.weights.extra import FOLDER, Extra
 from wanjax.weights.layouts import NETWORKS, TOKENIZER, Settings, network_place
@@ -130,24 +130,16 @@ def _staging(path: Path, base: Checkpoint | None, size: int) -> Iterator[Path]:
     """A folder beside the target that becomes the target when all went well, and vanishes otherwise."""
     check_target(path, base)
     try:
-        target = path.resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); give another folder.") from error
-    try:
-        free = shutil.disk_usage(folder).free
-        if free < size:
-            raise InputError(f"{path} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give another disk.")
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)  # mkdtemp makes it for its owner alone
-        yield folder
-        folder.rename(target)
+        with replacing(path.resolve()) as folder:
+            folder.mkdir()
+            free = shutil.disk_usage(folder).free
+            if free < size:
+                raise InputError(
+                    f"{path} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give another disk."
+                )
+            yield folder
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); make room or give another folder.") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Writer:
