@@ -71,7 +71,7 @@ def test_goes_on_where_it_was_stopped(tmp_path, reading):
     write(tmp_path / "whole", Encoders())
     with pytest.raises(KeyboardInterrupt):  # in the middle of the second file
         write(tmp_path / "c", Encoders(last=3))
-    (tmp_path / "c/clips-000001.1.tmp").touch()  # as a process that was killed leaves it
+    (tmp_path / "c/.clips-000001.1a2b.arrayrecord").touch()  # as a process that was killed leaves it
     with pytest.raises(InputError, match=r"no index\.json"):
         latent_cache.CachedSamples(reading.data.path, reading, NETWORK)
     first = (tmp_path / "c/clips-000000.arrayrecord").stat().st_mtime_ns

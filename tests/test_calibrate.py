@@ -13,7 +13,7 @@ from tiny import DIFFUSERS, DIT, GUIDANCE, SCHEDULE, flags, random_dit, random_i
 
 import sample_jax
 from sharding.mesh import MeshShape, make_mesh
-from wanjax import commands
+from wanjax.commands.calibrate import main, read_prompts
 from wanjax.config import SampleConfig
 from wanjax.diffusion.caching import Cached, Rules, magnitude_schedule
 from wanjax.diffusion.denoise import denoise, network_input, start
@@ -37,7 +37,7 @@ def command(**changes):
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calibration")
     (folder / "prompts").write_text('a red kite\n\n{"prompt": "a boat", "seed": 3}\n')
-    commands.calibrate.main(command(prompts=folder / "prompts", prompt=None, output=folder / "c.json"))
+    main(command(prompts=folder / "prompts", prompt=None, output=folder / "c.json"))
     return folder / "c.json"
 
 
@@ -97,7 +97,7 @@ def test_the_report_says_where_the_cfg_cache_starts(measured, changes, words):
 
 def test_without_guidance(tmp_path, capsys):
     """Nothing about the CFG cache; and files from before it was measured are read, as if there had been none."""
-    commands.calibrate.main([*command(output=tmp_path / "c.json"), "--guidance", "1", "--steps", "3"])
+    main([*command(output=tmp_path / "c.json"), "--guidance", "1", "--steps", "3"])
     out = capsys.readouterr().out
     assert "guided error" not in out
     assert "runs steps 0" in out
@@ -207,7 +207,7 @@ def test_damaged_files(measured, tmp_path, change, words):
 def test_bad_flags(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
-        commands.calibrate.main(flags(DIFFUSERS, **{**RUN, **changes}))
+        main(flags(DIFFUSERS, **{**RUN, **changes}))
     assert all(word in str(caught.value) for word in words), caught.value
     assert list(tmp_path.iterdir()) == []
 
@@ -219,7 +219,7 @@ def test_bad_flags(tmp_path, monkeypatch, changes, words):
 def test_bad_prompts(tmp_path, text, words):
     (tmp_path / "prompts").write_text(text)
     with pytest.raises(InputError) as caught:
-        commands.calibrate.read_prompts(str(tmp_path / "prompts"))
+        read_prompts(str(tmp_path / "prompts"))
     assert all(word in str(caught.value) for word in words)
 
 

@@ -109,7 +109,7 @@ def test_the_first_frame_is_whole_under_the_official_size():
     sizes = np.random.default_rng(0).integers(100, 900, (300, 2)).tolist()
     for width, height in [*sizes, [832, 480], [1248, 720]]:
         first = PIL.Image.new("RGB", (width, height))
-        assert images.match_frames([first], *images.choose_size(first, 480 * 832, 16))[0].size == (width, height)
+        assert images.match_frames([first], *images.choose_size(first, 480 * 832, 16), 16)[0].size == (width, height)
 
 
 def test_another_aspect_ratio_is_centre_cropped():

@@ -160,7 +160,7 @@ def test_bad_flags(changes, words, monkeypatch, tmp_path):
 
 def test_exit_code(tmp_path):
     command = ["--checkpoint", str(tmp_path / "nowhere"), "--output", str(tmp_path / "a"), "--format", "fp8"]
-    done = subprocess.run([sys.executable, "-m", "wanjax.weights.quantize", *command], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "wanjax", "quantize", *command], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

@@ -181,7 +181,7 @@ def folder(tmp_path):
 
 
 def run(*arguments):
-    commands.select.main(["--frames", "9", "--area", str(64 * 96), "--threads", "2", *map(str, arguments)])
+    commands.main(["select", "--frames", "9", "--area", str(64 * 96), "--threads", "2", *map(str, arguments)])
 
 
 def test_command(folder, capsys):

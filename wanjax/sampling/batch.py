@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sharding.rules import replicate, reshape
+from sharding.rules import constrain, replicate, reshape
 from wanjax.conditioning.samples import Encoded
 from wanjax.diffusion import solvers
 from wanjax.diffusion.denoise import Guided, denoise, start
@@ -52,5 +52,6 @@ def encode_context(dit: DiT, batch: Encoded, empty_text: jax.Array | None) -> tu
 
 def interleave(x: jax.Array, y: jax.Array) -> jax.Array:
     """`[b, ..]` twice -> `[2 b, ..]`: x0, y0, x1, y1, ..; each device keeps its own."""
+    x, y = (constrain(z, "batch", *(None,) * (z.ndim - 1)) for z in (x, y))
     both = jnp.stack([x, y], axis=1)  # [b, 2, ..]
     return reshape(both, (2 * len(x), *x.shape[1:]))
