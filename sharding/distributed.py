@@ -103,14 +103,14 @@ def initialize(
     place = read_processes(coordinator, count, index)
     if place is None:
         if _join_cluster(settings):
-            _speak_last(heartbeat_seconds)
+            _install_abort_message(heartbeat_seconds)
         return
     if place.processes == 1:
         return
     if place.process_id:
         _await_coordinator(place.coordinator, connect_seconds)
     jax.distributed.initialize(*place, **settings)
-    _speak_last(heartbeat_seconds)
+    _install_abort_message(heartbeat_seconds)
 
 
 class LostHostError(RuntimeError):
@@ -121,7 +121,8 @@ class LostHostError(RuntimeError):
 def notice_lost_hosts() -> Iterator[None]:
     """Says in one line that a collective failed because another process is gone.
 
-    Where a collective would wait for it instead, JAX ends this process after `HEARTBEAT_SECONDS`; see `_speak_last`.
+    Where a collective would wait for it instead, JAX ends this process after `HEARTBEAT_SECONDS`, with the line of
+    `_install_abort_message`.
 
     Raises:
       LostHostError: in place of what JAX raises then.
@@ -137,7 +138,7 @@ def notice_lost_hosts() -> Iterator[None]:
         ) from error
 
 
-def leave(code: int) -> NoReturn:
+def exit_immediately(code: int) -> NoReturn:
     """End this process at once: the usual way out waits for the others, of which one is gone."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -164,7 +165,7 @@ def _join_cluster(settings: dict[str, Any]) -> bool:
     return False
 
 
-def _speak_last(heartbeat_seconds: int) -> None:
+def _install_abort_message(heartbeat_seconds: int) -> None:
     """End with one line and exit code 1 where JAX would end this process by SIGABRT.
 
     That happens in C++, in a thread that only waits for bad news, while Python waits for a collective: neither an

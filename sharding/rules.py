@@ -108,7 +108,7 @@ def _gather_forward(parameter: jax.Array, split: frozenset[str], spec: Partition
 
 
 def _scatter(split: frozenset[str], spec: PartitionSpec, _: None, gradient: jax.Array) -> tuple[jax.Array]:
-    """Partial sums home, over one mesh axis after another, each along an axis of its own in front of the array.
+    """Reduce-scatter to the parameter's sharding, one mesh axis at a time; each gets its own leading array axis.
 
     XLA makes reduce-scatters of these on every TPU mesh of configs/. Of one over several mesh axes at once, or along an
     axis that memory tiles do not divide, it makes a whole sum on every device, twice the traffic, and cuts out a part.
@@ -147,7 +147,7 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], like: jax.Array | None = None) -> jax.Array:
-    """`x.reshape(shape)`, split as `like` or, without it, in the first axis only, which stays: JAX wants to be told."""
+    """`x.reshape(shape)`, split as `like` or, without it, in the first axis only, which stays (explicit sharding requires it here)."""
     if jax.sharding.get_abstract_mesh().empty:
         return x.reshape(shape)
     batch = jax.typeof(x).sharding.spec[0]
@@ -156,7 +156,7 @@ def reshape(x: jax.Array, shape: tuple[int, ...], like: jax.Array | None = None)
 
 
 def repeat(x: jax.Array, repeats: int, axis: int) -> jax.Array:
-    """`jnp.repeat` of every device's own part: JAX wants to be told."""
+    """`jnp.repeat` of every device's own part (explicit sharding requires out_sharding here)."""
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.repeat(x, repeats, axis)
     return jnp.repeat(x, repeats, axis, out_sharding=jax.typeof(x).sharding)

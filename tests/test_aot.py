@@ -22,7 +22,7 @@ def test_a_step_of_sampling_on_eight_chips_of_v6e():
     assert row["all-to-all"] == 4 * 40 * 18900 * 5120 * 2
     # The weights once, without those of the context.
     assert row["all-gather"] <= 24 * GIB
-    assert row["waited for"] <= 0.1 * GIB  # before the first block there is nothing to compute meanwhile
+    assert row["exposed"] <= 0.1 * GIB  # before the first block there is nothing to compute meanwhile
     assert row["all-reduce"] == row["reduce-scatter"] == row["collective-permute"] == 0
 
 

@@ -24,7 +24,7 @@ from wanjax.diffusion import solvers
 from wanjax.models.dit import DiT
 from wanjax.sampling import compile_cache
 from wanjax.sampling.cache_rules import make_rules
-from wanjax.sampling.compile_cache import Programs
+from wanjax.sampling.compile_cache import ExecutableCache
 
 # Runs the command line and counts, by JAX's own events, what was traced to a program, compiled, and found compiled.
 COUNTED = """
@@ -100,7 +100,7 @@ X = np.arange(6, dtype=np.float32)
 
 def called(folder, x=X, y=1.0):
     """The call in a new start, as far as the files are concerned."""
-    return Programs(folder)(double, x, y)
+    return ExecutableCache(folder)(double, x, y)
 
 
 def test_changed_parts_compile_anew(tmp_path, monkeypatch, counts):
@@ -114,11 +114,11 @@ def test_changed_parts_compile_anew(tmp_path, monkeypatch, counts):
 
     assert compiles() == 1
     assert compiles() == 0
-    surroundings = compile_cache.surroundings()
+    surroundings = compile_cache.environment()
     assert set(surroundings) == {"code", "libraries", "platform", "flags", "options", "mesh", "devices", "processes"}
     for part in surroundings:
         with monkeypatch.context() as patch:
-            patch.setattr(compile_cache, "surroundings", lambda part=part: surroundings | {part: "another"})
+            patch.setattr(compile_cache, "environment", lambda part=part: surroundings | {part: "another"})
             assert compiles() == 1, part
             assert compiles() == 0, part
     assert compiles(np.arange(7, dtype=np.float32)) == 1  # shape
@@ -143,7 +143,7 @@ def test_the_configuration_is_in_the_key():
     def name(solver="unipc", steps=STEPS, rules=True, **changes):
         dit = DiT(dataclasses.replace(DIT, **changes), nnx.Rngs(0))
         kept = make_rules(SampleConfig(cache="fixed:2"), SCHEDULE) if rules else None
-        return compile_cache.key(double, (dit, solvers.make_schedule(solver, steps, 5.0), kept))
+        return compile_cache.cache_key(double, (dit, solvers.make_schedule(solver, steps, 5.0), kept))
 
     changes = [{"attention": "int8fp8"}, {"attention": "reference"}, {"eps": 1e-5}, {"num_heads": 2}]
     others = [name(**change) for change in [*changes, {"dtype": jnp.bfloat16}, {"steps": 9}, {"rules": False}]]
@@ -153,7 +153,7 @@ def test_the_configuration_is_in_the_key():
 
 def test_the_libraries_are_those_that_make_the_program():
     assert {"jax", "jaxlib", "flax", "qwix", "libtpu"} <= set(compile_cache.LIBRARIES)
-    versions = compile_cache.surroundings()["libraries"]
+    versions = compile_cache.environment()["libraries"]
     assert all(versions[library] == importlib.metadata.version(library) for library in ("jax", "jaxlib", "qwix"))
 
 

@@ -149,7 +149,7 @@ def test_long_samples_are_computed_one_after_the_other(monkeypatch, mesh):
     timestep = np.float32([900, 300])
 
     def lowered(busy):
-        monkeypatch.setattr("wanjax.models.dit.BUSY", busy)
+        monkeypatch.setattr("wanjax.models.dit.SEQUENTIAL_BRANCH_MIN_TOKENS", busy)
         return jax.jit(lambda *args: dit(*args)).lower(latents, timestep, context)
 
     with on() if mesh else contextlib.nullcontext():
@@ -167,7 +167,7 @@ def test_their_gradients_are_the_same(monkeypatch, remat):
     context = dit.context(text, image)
     gradients = []
     for busy in (1, 4096):
-        monkeypatch.setattr("wanjax.models.dit.BUSY", busy)
+        monkeypatch.setattr("wanjax.models.dit.SEQUENTIAL_BRANCH_MIN_TOKENS", busy)
         loss = jax.jit(jax.grad(lambda dit: jnp.sum(dit(latents, np.float32([900, 300]), context, remat) ** 2)))
         gradients.append(jax.tree.leaves(loss(dit)))
     for ours, reference in zip(*gradients, strict=True):

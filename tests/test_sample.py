@@ -14,7 +14,7 @@ from tiny import DIFFUSERS, OFFICIAL, flags, golden_arrays, refused
 import sample_jax
 from wanjax.sampling.pipeline import Pipeline
 from wanjax.weights import Checkpoint, save
-from wanjax.weights.quantize import in_8_bits
+from wanjax.weights.quantize import is_quantized
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_in_8_bits(tmp_path):
     save(tmp_path / "int8", "official", {"dit": dit}, base=checkpoint, pth=False)
     for choice in (None, "int8"):
         config = sample_jax.parse(flags(OFFICIAL, checkpoint=tmp_path / "int8", quantize=choice))
-        assert in_8_bits(config)
+        assert is_quantized(config)
         assert Pipeline(config).dit == dit.config
     words = ["--quantize fp8", "quantised to int8", "leave --quantize out"]
     refused(flags(OFFICIAL, checkpoint=tmp_path / "int8", quantize="fp8"), words)

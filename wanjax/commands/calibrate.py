@@ -51,10 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     from wanjax.files import check_output
     from wanjax.sampling.calibrate import calibrate, report
     from wanjax.sampling.compile_cache import cache_folder, use_persistent_cache
-    from wanjax.weights.quantize import in_8_bits
+    from wanjax.weights.quantize import is_quantized
 
     check_output(flags.output, accepted=(".json",))
-    use_tpu_options(TPU_OPTIONS_8_BIT if in_8_bits(config) else TPU_OPTIONS)
+    use_tpu_options(TPU_OPTIONS_8_BIT if is_quantized(config) else TPU_OPTIONS)
     use_persistent_cache(cache_folder(config.compile_cache))
     calibration = calibrate(config, read_prompts(flags.prompts) if flags.prompts else [{}])
     calibration.write(flags.output)

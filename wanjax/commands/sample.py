@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     from wanjax.weights import quantize
 
     # ---- the other hosts, before anything asks for a device
-    use_tpu_options(TPU_OPTIONS_8_BIT if quantize.in_8_bits(config) else TPU_OPTIONS)
+    use_tpu_options(TPU_OPTIONS_8_BIT if quantize.is_quantized(config) else TPU_OPTIONS)
     distributed.initialize(saves_on_sigterm=False)
 
     compile_cache.use_persistent_cache(compile_cache.cache_folder(config.compile_cache))
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             result = pipe(request)
     except distributed.LostHostError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(1)
+        distributed.exit_immediately(1)
 
     # ---- files appear once, and whole or not at all
     if distributed.is_main():

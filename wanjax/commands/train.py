@@ -121,7 +121,7 @@ def failures_in_one_line() -> Iterator[None]:
             yield
     except distributed.LostHostError as error:
         print(f"error: {error}", file=sys.stderr)
-        distributed.leave(1)
+        distributed.exit_immediately(1)
     except loop.NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -40,8 +40,8 @@ from wanjax.models.layers import (
 from wanjax.models.rope import Rotation, make_rotation, rotate
 from wanjax.ops.quantized import Format
 
-BUSY = 4096
-"""Tokens from which on a sample keeps a device as busy as a batch does."""
+SEQUENTIAL_BRANCH_MIN_TOKENS = 4096
+"""Tokens of a sample: from here on one sample saturates a device."""
 normal = jax.nn.initializers.normal(0.02)
 
 
@@ -82,11 +82,11 @@ class DiT(nnx.Module):
         self.time_projection = Linear(c.dim, 6 * c.dim, rngs, axes=("embed", "mlp"), param_dtype=c.param_dtype)
         self.image_embedding = ImageEmbedding(c, rngs) if c.image_dim is not None else None
 
-        def make(rngs: nnx.Rngs, in_8_bits: bool) -> Block:
+        def make(rngs: nnx.Rngs, is_quantized: bool) -> Block:
             block = Block(c, rngs)
-            return quantized(block, c.quantize) if in_8_bits and c.quantize != "off" else block
+            return quantized(block, c.quantize) if is_quantized and c.quantize != "off" else block
 
-        stacks = [stack(partial(make, in_8_bits=kind), stop - first, rngs) for first, stop, kind in c.stacks]
+        stacks = [stack(partial(make, is_quantized=kind), stop - first, rngs) for first, stop, kind in c.stacks]
         self.blocks = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
         self.head = Head(c, rngs)
 
@@ -144,7 +144,12 @@ class DiT(nnx.Module):
         return self.velocity(self.run_blocks(tokens.x, tokens, context, remat), tokens)
 
     def embed(self, latents: jax.Array, timestep: jax.Array) -> Tokens:
-        """What goes into the blocks; arguments as of the whole network."""
+        """What goes into the blocks.
+
+        Args:
+          latents: `[b, f, h, w, in_channels]`.
+          timestep: `[b]`, in [0, 1000].
+        """
         c = self.config
         x, grid = self.patch_embedding(latents.astype(c.dtype))  # [b, l, e], l padded to what the mesh divides
         rotation = make_rotation(grid, c.head_dim, x.shape[1])
@@ -164,7 +169,7 @@ class DiT(nnx.Module):
         def step(x: jax.Array, layer: tuple[Block, Context]) -> tuple[jax.Array, None]:
             block, block_context = layer
             x = checkpoint_name(x, "block_input")
-            return by_sample(partial(block, rotation=tokens.rotation), x, tokens.modulation, block_context), None
+            return map_over_batch(partial(block, rotation=tokens.rotation), x, tokens.modulation, block_context), None
 
         return scan(rematerialised(step, remat), x, self.stacks, context)[0]
 
@@ -174,13 +179,13 @@ class DiT(nnx.Module):
         return unpatchify(velocity, tokens.grid, self.config.patch_size)  # [b, f, h, w, c]
 
 
-def by_sample(run: Callable[..., jax.Array], x: jax.Array, modulation: jax.Array, context: Context) -> jax.Array:
-    """`run` of these, on one device and at BUSY tokens for one sample of the batch after the other.
+def map_over_batch(run: Callable[..., jax.Array], x: jax.Array, modulation: jax.Array, context: Context) -> jax.Array:
+    """`run` of these; on one device, from SEQUENTIAL_BRANCH_MIN_TOKENS tokens on, one sample after the other.
 
     A block then works in the memory of one. On several devices its weights would travel once for every sample.
     """
     b, length, _ = x.shape
-    if b == 1 or length < BUSY or math.prod(current_shape()) > 1:
+    if b == 1 or length < SEQUENTIAL_BRANCH_MIN_TOKENS or math.prod(current_shape()) > 1:
         return run(x, modulation, context)
     modulation = jnp.broadcast_to(modulation, (b, *modulation.shape[1:]))
     samples = jax.tree.map(partial(split_batch, parts=b), (x, modulation, context))  # [b, 1, ..]

@@ -43,7 +43,7 @@ class LowRank(nnx.Module):
 
     @property
     def scale(self) -> float:
-        """What the product counts."""
+        """alpha / rank."""
         return self.alpha / self.rank
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -63,14 +63,14 @@ def kernel(choice: Attention = "auto") -> Kernel:
     """
     if choice == "reference":
         return Kernel(reference_forward, reference_backward)
-    in_8_bits = choice == "int8fp8"
+    is_quantized = choice == "int8fp8"
 
     def forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
         def on(forward: Callable[..., Forward]) -> Callable[..., Forward]:
             return lambda *args: forward(*args, dtype)
 
         kernels: dict[str, Callable[..., Forward]]
-        if in_8_bits:
+        if is_quantized:
             kernels = {"tpu": int8fp8_tpu.forward, "cuda": int8fp8_gpu.forward, "default": int8fp8.forward}
         else:
             kernels = {"tpu": flash_tpu.forward}
@@ -87,7 +87,7 @@ def kernel(choice: Attention = "auto") -> Kernel:
             others["default"] = reference_backward
         return jax.lax.platform_dependent(q, k, *args, tpu=flash_tpu.backward, **others)
 
-    return Kernel(forward, int8fp8.backward if in_8_bits else backward)
+    return Kernel(forward, int8fp8.backward if is_quantized else backward)
 
 
 def gpu_kernel(q: jax.Array, k: jax.Array) -> Kernel | None:

@@ -114,7 +114,7 @@ def compiled(
     config: SampleConfig | TrainConfig, dit: DiTConfig, topology: str, mesh: str, only: Sequence[str] | None = None
 ) -> Iterator[tuple[str, Row]]:
     """The compiler's figures, program by program: memory, payload of every kind of collective, and how much of that
-    is waited for."""
+    is exposed: nothing is computed meanwhile."""
     real, options = topology_mesh(topology, mesh), GPU_OPTIONS
     if real.devices.flat[0].platform == "tpu":
         options = TPU_OPTIONS if dit.quantize == "off" else TPU_OPTIONS_8_BIT
@@ -126,7 +126,7 @@ def compiled(
             program = read(make().lower().compile(compiler_options={**options, "xla_backend_optimization_level": 3}))
             moved = {kind: program.payload(kind) for kind in KINDS}
             waited = sum(program.payload(kind, asynchronous=False) for kind in KINDS)
-            yield name, {"arguments": program.arguments, "peak": program.peak, **moved, "waited for": waited}
+            yield name, {"arguments": program.arguments, "peak": program.peak, **moved, "exposed": waited}
 
 
 def table(rows: dict[str, Row]) -> str:

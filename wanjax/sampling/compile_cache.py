@@ -1,6 +1,6 @@
 """Compile once: a second start of the same command runs the programs that the first one compiled.
 
-    programs = Programs(cache_folder(None))
+    programs = ExecutableCache(cache_folder(None))
     latents, cache = programs(encode_chunk, vae, frames, cache)      # as encode_chunk(vae, frames, cache)
 
 A jitted function's executable is kept in a file whose name is a hash of all that makes it: this package's sources, the
@@ -66,7 +66,7 @@ def use_persistent_cache(folder: Path | None) -> None:
     compilation_cache.reset_cache()  # if something was compiled before, JAX would not look again
 
 
-class Programs:
+class ExecutableCache:
     """Calls jitted functions, by executables on disk where there are some.
 
     Args:
@@ -81,7 +81,7 @@ class Programs:
         """`function(*args)`; it has no static arguments."""
         if self.folder is None:
             return function(*args)
-        name = key(function, args)
+        name = cache_key(function, args)
         if name in self._programs:
             return self._programs[name](*args)
         if (program := self._load(name, args)) is not None:
@@ -124,13 +124,13 @@ class Programs:
         return program
 
 
-def key(function: Any, args: tuple) -> str:
+def cache_key(function: Any, args: tuple) -> str:
     """The file's name: what is called, and a hash of all that makes its program."""
-    text = json.dumps({**surroundings(), **call(function, args)}, sort_keys=True)
+    text = json.dumps({**environment(), **call_signature(function, args)}, sort_keys=True)
     return f"{function.__name__.strip('_')}-{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def call(function: Any, args: tuple) -> dict[str, Any]:
+def call_signature(function: Any, args: tuple) -> dict[str, Any]:
     """What makes a program of a call: the function, and all of its arguments but the arrays' values."""
     leaves, tree = jax.tree.flatten(args)
     return {
@@ -146,7 +146,7 @@ def _described(x: Any) -> tuple:
     return (aval.shape, str(aval.dtype), aval.weak_type, *where)
 
 
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What makes a program beside the call: code, libraries, flags, mesh and devices."""
     devices = _devices()
     return {

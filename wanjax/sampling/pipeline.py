@@ -37,7 +37,7 @@ from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT
 from wanjax.ops.attention import check_choice
 from wanjax.sampling.cache_rules import switches
-from wanjax.sampling.compile_cache import Programs, cache_folder
+from wanjax.sampling.compile_cache import ExecutableCache, cache_folder
 from wanjax.sampling.decoding import decode_video
 from wanjax.sampling.memory import choose_keep
 from wanjax.sampling.request import Request, make_request
@@ -100,7 +100,7 @@ class Pipeline:
         self.config, self.dit, self.mesh = config, dit, choose_mesh(config, dit)
         self.networks = Networks(checkpoint, {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip}, "one", loras, merged)
         self.networks.keep = choose_keep(keep, self.networks, self.mesh)
-        self.programs = Programs(cache_folder(config.compile_cache))
+        self.programs = ExecutableCache(cache_folder(config.compile_cache))
         self.encoders = Encoders(self.networks, dit, tokenizer, self.programs)
 
     @classmethod
@@ -289,10 +289,10 @@ def choose_dit(config: SampleConfig, checkpoint: Checkpoint) -> tuple[DiTConfig,
     """
     dtype = jnp.dtype(config.dtype)
     dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
-    in_8_bits = dit.quantize != "off"
+    is_quantized = dit.quantize != "off"
     dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
     loras = lora.parse(config.lora)
-    lora_merged = lora.check(loras, dit, in_8_bits, config.lora_merge)
+    lora_merged = lora.check(loras, dit, is_quantized, config.lora_merge)
     check_choice(config.attention, dtype, jax.devices()[0].platform)
     return dit, loras, lora_merged
 

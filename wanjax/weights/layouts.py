@@ -47,7 +47,7 @@ class Settings(dict[str, Any]):
         raise InputError(f"{self.path} has no entry {name}; download it again.")
 
 
-class Shapes(dict[str, Shape]):
+class TensorShapes(dict[str, Shape]):
     """Shapes by name; a missing tensor raises an error that names the file."""
 
     def __init__(self, shapes: dict[str, Shape], where: Path):

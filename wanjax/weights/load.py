@@ -19,7 +19,16 @@ from wanjax.config import DiTConfig
 from wanjax.errors import InputError
 from wanjax.ops.quantized import Format, quantize_weight
 from wanjax.weights.extra import Extra
-from wanjax.weights.layouts import NETWORKS, TOKENIZER, Settings, Shapes, Weights, detect, network_place, tensor_files
+from wanjax.weights.layouts import (
+    NETWORKS,
+    TOKENIZER,
+    Settings,
+    TensorShapes,
+    Weights,
+    detect,
+    network_place,
+    tensor_files,
+)
 from wanjax.weights.mapping import Entry, LayoutName, NetworkName, Shape, expand, match
 from wanjax.weights.tables.dit import read_quantization
 from wanjax.weights.tensors import Reader, TensorFile, copy
@@ -180,7 +189,7 @@ class Checkpoint:
         if self.layout == "diffusers":  # its JSON says all
             return {}
         weights, table = self.weights(network), NETWORKS[network].tables[self.layout]
-        return Shapes({table.bare_name(key): info.shape for key, info in weights.items()}, weights.where)
+        return TensorShapes({table.bare_name(key): info.shape for key, info in weights.items()}, weights.where)
 
 
 def _checked(config: Any) -> Any:

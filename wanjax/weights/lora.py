@@ -180,28 +180,28 @@ def parse(arguments: Sequence[str]) -> tuple[LoRAFile, ...]:
     return tuple(files)
 
 
-def check(files: Sequence[LoRAFile], dit: DiTConfig, in_8_bits: bool, merged: bool | None) -> bool:
+def check(files: Sequence[LoRAFile], dit: DiTConfig, is_quantized: bool, merged: bool | None) -> bool:
     """Whether `load` shall merge, if it can do what is asked for.
 
     Args:
       files: to load.
       dit: the network.
-      in_8_bits: whether its weights are so in the checkpoint already.
-      merged: the user's choice; None: merge unless `in_8_bits`.
+      is_quantized: whether its weights are so in the checkpoint already.
+      merged: the user's choice; None: merge unless `is_quantized`.
 
     Raises:
       InputError: weights that are stored in 8 bits would have to change, or as `LoRAFile.terms`.
     """
-    if in_8_bits and merged and files:
+    if is_quantized and merged and files:
         raise InputError(
             "--lora-merge with a checkpoint in 8 bits, whose weights cannot change; "
             "leave it out, or give the checkpoint that it was made of"
         )
-    merged = not in_8_bits if merged is None else merged
+    merged = not is_quantized if merged is None else merged
     shapes = parameter_shapes("dit", dit)
     for file in files:
         for term in file.terms(dit):
-            if in_8_bits and term.a is None and f"{term.slot.path}_scale" in shapes:
+            if is_quantized and term.a is None and f"{term.slot.path}_scale" in shapes:
                 raise InputError(
                     f"{file.path} has {term.b}, a difference in full, for weights that the checkpoint has in 8 bits; "
                     "give the checkpoint that it was made of"

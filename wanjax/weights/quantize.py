@@ -38,9 +38,9 @@ def quantize(model: DiT, format: Format, layers: tuple[int, int] | None = None) 
     """
     config = with_format(model.config, format, layers)
     stacks = []
-    for first, stop, in_8_bits in config.stacks:
+    for first, stop, is_quantized in config.stacks:
         blocks = jax.tree.map(lambda x, first=first, stop=stop: x[first:stop], model.blocks)
-        stacks.append(_quantize(blocks, format) if in_8_bits else blocks)
+        stacks.append(_quantize(blocks, format) if is_quantized else blocks)
     dit = nnx.merge(*nnx.split(model))  # another tree of the same arrays
     dit.config = config
     dit.blocks = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
@@ -80,7 +80,7 @@ def requantized(config: DiTConfig, choice: Format | Literal["off"] | None) -> Di
     return with_format(config, choice)
 
 
-def in_8_bits(config: SampleConfig) -> bool:
+def is_quantized(config: SampleConfig) -> bool:
     """Whether the DiT will be quantised; found without waking JAX's devices.
 
     Raises:

@@ -21,7 +21,7 @@ from wanjax.weights.extra import FOLDER, Extra
 from wanjax.weights.layouts import NETWORKS, TOKENIZER, Settings, network_place
 from wanjax.weights.load import Checkpoint
 from wanjax.weights.mapping import LayoutName, NetworkName
-from wanjax.weights.tensor_source import ConvertSource, ModuleSource, Source, make_sources
+from wanjax.weights.tensor_source import ConvertSource, ModuleSource, TensorSource, make_sources
 from wanjax.weights.write import write_json, write_pth, write_safetensors, write_tensors
 
 Say = Callable[[str], None]
@@ -103,7 +103,7 @@ def _writes_pth(layout: LayoutName, asked: bool | None) -> bool:
     return has_torch if asked is None else asked
 
 
-def _take_part(sources: Mapping[NetworkName, Source]) -> None:
+def _take_part(sources: Mapping[NetworkName, TensorSource]) -> None:
     """On hosts that do not write: hands over this host's part of every array, in the order of writing."""
     for source in sources.values():
         if isinstance(source, ModuleSource):
@@ -149,7 +149,7 @@ class _Writer:
         self,
         folder: Path,
         layout: LayoutName,
-        sources: Mapping[NetworkName, Source],
+        sources: Mapping[NetworkName, TensorSource],
         base: Checkpoint | None,
         say: Say,
     ):
@@ -200,7 +200,7 @@ class _Writer:
                 shutil.copyfile(file, place)
                 self.say(f"copied {place.relative_to(self.folder)}")
 
-    def _write_network(self, name: NetworkName, source: Source, max_shard_bytes: int, pth: bool) -> None:
+    def _write_network(self, name: NetworkName, source: TensorSource, max_shard_bytes: int, pth: bool) -> None:
         folder, stem = network_place(self.folder, self.layout, name)
         with source.open() as read:
             if self.layout == "diffusers" or name == "dit":

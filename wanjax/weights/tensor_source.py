@@ -20,7 +20,7 @@ from wanjax.weights.tensors import SafetensorsFile, TensorInfo
 from wanjax.weights.write import Read
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """A network to be written.
 
     Attributes:
@@ -52,7 +52,7 @@ class ModuleSource:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Read]:
-        """See `SampleSource`."""
+        """See `TensorSource`."""
         yield self._read
 
     def _read(self, key: str) -> np.ndarray:
@@ -84,7 +84,7 @@ class CopySource:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Read]:
-        """See `SampleSource`."""
+        """See `TensorSource`."""
         with self._weights.open() as read:
             yield read
 
@@ -147,7 +147,7 @@ class ConvertSource:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Read]:
-        """See `SampleSource`."""
+        """See `TensorSource`."""
         with contextlib.ExitStack() as stack:
             stored = stack.enter_context(self._weights.open())
             kept = stack.enter_context(self._kept.open()) if self._kept else None
@@ -176,13 +176,13 @@ def _same_bits(x: np.ndarray, y: np.ndarray, chunk: int = 2**25) -> bool:
 
 def make_sources(
     models: Mapping[NetworkName, Any], base: Checkpoint | None, layout: LayoutName
-) -> dict[NetworkName, Source]:
+) -> dict[NetworkName, TensorSource]:
     """Where each network to be written comes from: `models`, and for those that are not there `base`.
 
     Raises:
       InputError: neither has any.
     """
-    sources: dict[NetworkName, Source] = {}
+    sources: dict[NetworkName, TensorSource] = {}
     for name in NETWORKS:
         if name in models:
             sources[name] = ModuleSource(name, models[name], layout)
