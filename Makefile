@@ -2,7 +2,7 @@
 #   PYTHON=python3.13 make test     another interpreter, in a folder of its own: .venv-python3.13
 #   make test CONSTRAINTS=tests/oldest.txt VENV=.venv-oldest     the oldest releases that are promised to work
 #   TORCH="torch==2.13.0 --index-url ..." make parity     another build of torch (the default may be a CUDA one)
-#   make aot ONLY="not 4x4x4 and not 16x16"     some of those programs, as pytest -k takes it
+#   make aot ONLY="not 4x4x4 and not 16x16"     some of those programs, as pytest -k takes it; so for make test
 ifeq ($(origin PYTHON),undefined)
 PYTHON := python3
 VENV ?= .venv
@@ -20,7 +20,7 @@ sample: $(VENV)/.installed  ## the packaged demo model on its own two frames: ou
 test: $(VENV)/.installed  ## what needs neither torch nor an accelerator's compiler
 	@echo "Deselected here: live (against diffusers, run 'make parity'), aot (compiles for TPUs, run 'make aot')"
 	@echo "and aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu')."
-	$(BIN)/python -m pytest -n 2 -m "not live and not aot and not aot_gpu"
+	$(BIN)/python -m pytest -n 2 -m "not live and not aot and not aot_gpu" -k "$(ONLY)"
 
 aot: $(VENV)/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of one core, 8 GB of memory
 	$(BIN)/python -m pytest -m aot -k "$(ONLY)"

@@ -147,7 +147,10 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def reshape(x: jax.Array, shape: tuple[int, ...], like: jax.Array | None = None) -> jax.Array:
-    """`x.reshape(shape)`, split as `like` or, without it, in the first axis only, which stays (explicit sharding requires it here)."""
+    """`x.reshape(shape)`, split as `like` or, without it, in the first axis only, which stays.
+
+    Explicit sharding requires that to be said.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x.reshape(shape)
     batch = jax.typeof(x).sharding.spec[0]
