@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import signal
@@ -37,11 +38,11 @@ class Runs:
         self.config = write_config(cache / "config.py", CONFIG)
         self.started = []
 
-    def start(self, workdir, steps, processes):
+    def start(self, workdir, steps, processes, script=("train_jax.py",)):
         """The processes of a run."""
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         variables = environment(8 // processes, **cache)
-        command = [sys.executable, "train_jax.py", "--config", self.config, "--workdir", str(workdir)]
+        command = [sys.executable, *script, "--config", self.config, "--workdir", str(workdir)]
         command += ["--mesh", "fsdp=2,ring=2,ulysses=2", "--steps", str(steps)]
         if processes > 1:
             command += ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", str(processes), "--process-id"]
@@ -116,8 +117,17 @@ def test_what_two_processes_saved_goes_on_in_one(runs, uninterrupted_run, tmp_pa
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(uninterrupted_run), rtol=1e-6, atol=0)
 
 
+# The same script; who is left of a run that lost a process need not wait a minute to be sure.
+IMPATIENT = """
+import functools, runpy
+from sharding import distributed
+distributed.initialize = functools.partial(distributed.initialize, heartbeat_seconds=15)
+runpy.run_path("train_jax.py", run_name="__main__")
+"""
+
+
 def test_killed_and_restarted_continues_to_the_bit(runs, uninterrupted, tmp_path):
-    run = runs.start(tmp_path, ENDLESS, 2)
+    run = runs.start(tmp_path, ENDLESS, 2, ("-c", IMPATIENT))
     await_steps(tmp_path, run, 5)
     run[1].kill()
     output = run[0].communicate(timeout=PATIENCE)[0]
@@ -140,7 +150,7 @@ import sys
 from sharding.distributed import initialize, notice_lost_hosts
 
 index = int(sys.argv[2])
-initialize("127.0.0.1:" + sys.argv[1], 2, index, heartbeat_seconds=3)
+initialize("127.0.0.1:" + sys.argv[1], 2, index, heartbeat_seconds=10)
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
@@ -152,24 +162,36 @@ with notice_lost_hosts():
 """
 
 
-@pytest.mark.parametrize("silent", [0, 1])
-def test_a_process_that_hangs_is_told_in_one_line(silent):
-    """It is stopped, not ended: no connection breaks, and the other one would wait for ever."""
-    command = [sys.executable, "-c", HANGS, str(free_port())]
+@pytest.fixture(scope="module")
+def hung():
+    """By which of two processes hangs, what became of the other: exit code and output. Both at once, to wait once.
+
+    It is stopped, not ended: no connection breaks, and the other one would wait for ever.
+    """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    pair = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=environment(1), **pipes) for i in range(2)]
+    pairs = []
     try:
-        for process in pair:
+        for _ in range(2):
+            command = [sys.executable, "-c", HANGS, str(free_port())]
+            pairs.append([subprocess.Popen([*command, i], cwd=ROOT, env=environment(1), **pipes) for i in "01"])
+        for process in itertools.chain(*pairs):
             while "begun" not in process.stdout.readline():
                 assert process.poll() is None
-        pair[silent].send_signal(signal.SIGSTOP)
-        left = pair[1 - silent]
-        output = left.communicate(timeout=PATIENCE)[0]
+        for silent, pair in enumerate(pairs):
+            pair[silent].send_signal(signal.SIGSTOP)
+        left = [pair[1 - silent] for silent, pair in enumerate(pairs)]
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in left]
     finally:
-        for process in pair:
+        for process in itertools.chain(*pairs):
             process.kill()
             process.communicate()
-    assert left.returncode == 1
+    return [(process.returncode, output) for process, output in zip(left, outputs, strict=True)]
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_process_that_hangs_is_told_in_one_line(hung, silent):
+    code, output = hung[silent]
+    assert code == 1
     assert output.splitlines()[-1].startswith(f"error: process {1 - silent} of 2 lost another one")
     assert "start all of them again" in output.splitlines()[-1]
 
