@@ -93,7 +93,7 @@ def test_a_step_of_sampling_on_eight():
     assert row["peak"] <= 11 * GIB
     assert row["all-to-all"] == 4 * 40 * 18900 * 5120 * 2  # self-attention's queries, keys, values and results
     assert row["all-gather"] <= 24 * GIB  # the weights once
-    assert row["waited for"] <= 0.35 * row["all-to-all"]
+    assert row["exposed"] <= 0.35 * row["all-to-all"]
     assert row["all-reduce"] == row["reduce-scatter"] == row["collective-permute"] == 0
 
 
