@@ -13,13 +13,16 @@ from wanjax.conditioning.frames import (
     latent_mask,
     latent_size,
 )
+from wanjax.config import WAN_VAE, DiTConfig, VAEConfig
 from wanjax.errors import InputError
+
+PATCH = DiTConfig().patch_size
 
 
 def test_official_mask_and_branch():
     golden = golden_arrays("official")
     given = given_frames("flf2v", 17)
-    mask = latent_mask(given[None], 8, 12)
+    mask = latent_mask(given[None], 8, 12, WAN_VAE)
     np.testing.assert_array_equal(mask[0], np.moveaxis(golden["y_mask"], 0, -1))
     branch = control_branch(mask, jnp.moveaxis(golden["y_latent"], 0, -1)[None])
     np.testing.assert_array_equal(branch[0], np.moveaxis(golden["y"], 0, -1))
@@ -28,14 +31,14 @@ def test_official_mask_and_branch():
 def test_diffusers_mask():
     condition = np.moveaxis(golden_arrays("diffusers")["condition"], 1, -1)
     _, f, h, w, _ = condition.shape
-    mask = latent_mask(given_frames("flf2v", 4 * f - 3)[None], h, w)
+    mask = latent_mask(given_frames("flf2v", 4 * f - 3)[None], h, w, WAN_VAE)
     np.testing.assert_array_equal(mask, condition[..., :4])
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9, 33, 81, 121])
 def test_any_length(frames):
-    mask = latent_mask(given_frames("flf2v", frames)[None], 1, 1)[0, :, 0, 0]
-    expected = np.zeros((latent_frames(frames), 4))
+    mask = latent_mask(given_frames("flf2v", frames)[None], 1, 1, WAN_VAE)[0, :, 0, 0]
+    expected = np.zeros((latent_frames(frames, WAN_VAE), 4))
     expected[-1, 3] = 1
     expected[0] = 1
     np.testing.assert_array_equal(mask, expected)
@@ -61,7 +64,7 @@ def test_mask_of_mixed_tasks():
             given_frames("interpolation", 9, indices=[2, 5]),
         ]
     )
-    mask = jax.jit(latent_mask, static_argnums=(1, 2))(given, 2, 3)
+    mask = jax.jit(latent_mask, static_argnums=(1, 2, 3))(given, 2, 3, WAN_VAE)
     assert mask.shape == (4, 3, 2, 3, 4)
     expected = [
         [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]],
@@ -87,7 +90,7 @@ def test_shardings_are_kept():
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "context"))):
         given = jax.device_put(np.ones((4, 5), bool), P("data"))
         latents = jax.device_put(np.ones((4, 2, 2, 4, 16), np.float32), P("data", None, None, "context"))
-        branch = control_branch(latent_mask(given, 2, 4), latents)
+        branch = control_branch(latent_mask(given, 2, 4, WAN_VAE), latents)
         assert jax.typeof(branch).sharding.spec == P("data", None, None, "context", None)
         video = jax.device_put(np.ones((4, 5, 4, 6, 3), np.float32), P("data"))
         control = control_video(video, given_frames("flf2v", 5)[None])
@@ -95,7 +98,7 @@ def test_shardings_are_kept():
 
 
 def test_branch_has_the_dtype_of_the_latents():
-    mask = latent_mask(np.ones((1, 5), bool), 2, 2)
+    mask = latent_mask(np.ones((1, 5), bool), 2, 2, WAN_VAE)
     branch = control_branch(mask, jnp.zeros((1, 2, 2, 2, 16), jnp.bfloat16))
     assert branch.dtype == jnp.bfloat16
     assert branch.shape == (1, 2, 2, 2, 20)
@@ -103,7 +106,7 @@ def test_branch_has_the_dtype_of_the_latents():
 
 @pytest.mark.parametrize(("frames", "expected"), [(1, 1), (5, 2), (81, 21), (121, 31)])
 def test_latent_frames(frames, expected):
-    assert latent_frames(frames) == expected
+    assert latent_frames(frames, WAN_VAE) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,12 +114,12 @@ def test_latent_frames(frames, expected):
 )
 def test_wrong_length(frames, advice):
     with pytest.raises(InputError, match=advice):
-        latent_frames(frames)
+        latent_frames(frames, WAN_VAE)
 
 
 def test_latent_size():
-    assert latent_size(720, 1280) == (90, 160)
-    assert latent_size(64, 96) == (8, 12)
+    assert latent_size(720, 1280, WAN_VAE, PATCH) == (90, 160)
+    assert latent_size(64, 96, WAN_VAE, PATCH) == (8, 12)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,22 @@ def test_latent_size():
 )
 def test_wrong_size(height, width, advice):
     with pytest.raises(InputError, match=advice):
-        latent_size(height, width)
+        latent_size(height, width, WAN_VAE, PATCH)
+
+
+def test_another_geometry():
+    """Of a VAE with other factors, such as Wan2.2-TI2V-5B's 16x16x4."""
+    vae = VAEConfig(temporal_downsample=(False, False, True, True), dim_mult=(1, 2, 4, 4, 4), z_dim=48)
+    assert latent_frames(81, vae) == 21
+    assert latent_size(704, 1280, vae, PATCH) == (44, 80)
+    with pytest.raises(InputError, match="multiples of 32; use 736 and 1280"):
+        latent_size(720, 1280, vae, PATCH)
+    half = VAEConfig(temporal_downsample=(False, False, True))
+    assert latent_frames(7, half) == 4
+    with pytest.raises(InputError, match=r"accepted are 2n\+1 \(1, 3, .*; use 7 or 9"):
+        latent_frames(8, half)
+    mask = latent_mask(given_frames("flf2v", 5)[None], 1, 1, half)[0, :, 0, 0]
+    np.testing.assert_array_equal(mask, [[1, 1], [0, 0], [0, 1]])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tiny import GOLDEN, LAYOUTS, assert_same_model, golden, load, values
-from tiny_checkpoints import STEMS, copy_checkpoint, edit, make_i2v, make_t2v, shard, spell_as_published
+from tiny_checkpoints import (
+    STEMS,
+    copy_checkpoint,
+    edit,
+    make_i2v,
+    make_t2v,
+    shard,
+    spell_as_published,
+    without_images,
+)
 
 from wanjax.config import CLIPConfig, DiTConfig, UMT5Config, VAEConfig
 from wanjax.errors import InputError
@@ -240,6 +249,16 @@ def test_i2v(layout, tmp_path):
     assert model.image_embedding.positions is None
     full = values(golden(layout, "dit"))
     assert full.keys() - values(model).keys() == {"image_embedding.positions"}
+
+
+@pytest.mark.parametrize(
+    ("channels", "model_type", "accepted"), [(16, "i2v", "t2v;"), (36, "ti2v", "t2v, i2v, flf2v;")]
+)
+def test_a_task_that_does_not_fit_is_refused(channels, model_type, accepted, tmp_path):
+    """Frames would go nowhere in a network of 16 channels."""
+    checkpoint = Checkpoint(without_images("official", tmp_path, channels, model_type))
+    with pytest.raises(InputError, match=f"{channels} input .* model_type = {model_type}; accepted: {accepted}"):
+        checkpoint.config("dit")
 
 
 PUBLISHED = {

@@ -172,6 +172,14 @@ def test_frames_without_an_image_branch(layout, tmp_path):
         pipe(**CALL | {"first_frame": None, "last_frame": None})
 
 
+@pytest.mark.parametrize(("model_type", "shifts"), [("i2v", (5, 5)), ("flf2v", (16, 5))])
+def test_the_shift_is_the_networks(model_type, shifts, tmp_path):
+    """A last frame makes no first-last-frame network of Wan2.2's, in either layout of one checkpoint."""
+    without_images("official", tmp_path / "c", 36, model_type)
+    pipe = wanjax.Pipeline.from_pretrained(tmp_path / "c", dtype="float32", compile_cache="off")
+    assert (pipe.prepare(**CALL).shift, pipe.prepare(**CALL | {"last_frame": None}).shift) == shifts
+
+
 def test_what_a_network_can_be_asked_for():
     t2v = DiTConfig(in_channels=16, image_dim=None, image_positions=0)
     tasks = {
@@ -180,6 +188,7 @@ def test_what_a_network_can_be_asked_for():
         DiTConfig(image_positions=0): ("i2v",),
         DiTConfig(): ("i2v", "flf2v"),
         DiTConfig(model_type="i2v"): ("i2v",),
+        DiTConfig(in_channels=16): ("i2v", "flf2v"),  # by CLIP alone
     }
     assert {config: config.tasks for config in tasks} == tasks
 

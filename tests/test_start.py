@@ -102,6 +102,17 @@ def test_the_same_network_is_loaded_as_it_is():
     assert_same_model(load_start(base, config), base.load("dit", config))
 
 
+def test_what_a_checkpoint_is_for_does_not_bind_training(tmp_path):
+    """The weights are the same, whatever official files call the network."""
+    base = Checkpoint(GOLDEN / "official")
+    config = base.config("dit")
+    told = dataclasses.replace(config, model_type="i2v")
+    assert start_config(base, told) == config
+    dit = load_start(base, told)
+    assert dit.config == told
+    assert_same_model(dit, base.load("dit", config))
+
+
 def test_on_a_mesh():
     alone = load_start(T2V, FLF2V, seed=3)
     expected = np.asarray(velocity(alone, CONTROL, IMAGE))

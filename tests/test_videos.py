@@ -175,15 +175,24 @@ def test_full_range(tmp_path):
     ],
 )
 def test_sizes_are_near_area_and_ratio(area, sizes):
-    chosen = choose_sizes(area)
+    chosen = choose_sizes(area, 16)
     assert sizes <= set(chosen)
     for height, width in chosen:
         assert height % 16 == width % 16 == 0
         assert 0.74 * area < height * width <= area
 
 
+def test_buckets_are_of_the_vaes_geometry():
+    clips = Videos([], frames=17, area=128 * 128, temporal_factor=8, size_multiple=32)
+    assert clips.lengths == (17, 9)
+    assert (128, 128) in clips.sizes
+    assert all(height % 32 == width % 32 == 0 for height, width in clips.sizes)
+    with pytest.raises(InputError, match="clips of 13 frames; accepted: 8n \\+ 1, at least 9"):
+        Videos([], frames=13, temporal_factor=8)
+
+
 def test_each_clip_goes_where_least_is_cut():
-    sizes = choose_sizes(480 * 832)
+    sizes = choose_sizes(480 * 832, 16)
     assert choose_size(1080, 1920, sizes) == (480, 832)
     assert choose_size(1920, 1080, sizes) == (832, 480)
     assert choose_size(1000, 1000, sizes) == (624, 624)

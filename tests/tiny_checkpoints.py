@@ -80,6 +80,11 @@ def make_t2v(layout, folder):
     return without_images(layout, folder, 16, "t2v")
 
 
+def make_i2v_by_latents(layout, folder):
+    """As Wan2.2-I2V-A14B: 36 channels and no image branch."""
+    return without_images(layout, folder, 36, "i2v")
+
+
 def without_images(layout, folder, in_channels, model_type):
     """A checkpoint without image encoder and image branch; with 36 channels, frames come by mask and latents alone."""
     copy_checkpoint(layout, folder)

@@ -10,6 +10,7 @@ RoPE, softmax statistics and solvers are float32 whatever these say.
 from __future__ import annotations
 
 import dataclasses
+import math
 import runpy
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -97,11 +98,11 @@ class DiTConfig:
     def task(self) -> Literal["t2v", "i2v", "flf2v"]:
         """What the network was built for.
 
-        Where it is not said: without a control branch t2v, with positions for two frames flf2v, else i2v.
+        Where it is not said: without control and image branch t2v, with positions for two frames flf2v, else i2v.
         """
         if self.model_type is not None:
             return self.model_type
-        if self.in_channels == self.out_channels:
+        if self.in_channels == self.out_channels and self.image_dim is None:
             return "t2v"
         return "flf2v" if self.image_dim is not None and self.image_positions else "i2v"
 
@@ -144,9 +145,9 @@ class VAEConfig:
         """Pixel frames in a latent frame, but for the first; also the number of mask channels."""
         return 2 ** sum(self.temporal_downsample)
 
-    def size_multiple(self, patch_size: tuple[int, int, int] = (1, 2, 2)) -> int:
+    def size_multiple(self, patch_size: tuple[int, int, int]) -> int:
         """What height and width in pixels are multiples of: latent cells that the DiT's patches cover."""
-        return self.spatial_factor * patch_size[1]
+        return self.spatial_factor * math.lcm(*patch_size[1:])
 
 
 WAN_VAE = VAEConfig()

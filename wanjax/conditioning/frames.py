@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wanjax.config import WAN_VAE, VAEConfig
+from wanjax.config import VAEConfig
 from wanjax.errors import InputError
 
 Task = Literal["t2v", "i2v", "flf2v", "continuation", "interpolation"]
 
 
-def latent_frames(frames: int, vae: VAEConfig = WAN_VAE) -> int:
+def latent_frames(frames: int, vae: VAEConfig) -> int:
     """Latent frames of a video of `frames` pixel frames, 4 n + 1 of them with the published VAE.
 
     Raises:
@@ -40,9 +40,7 @@ def latent_frames(frames: int, vae: VAEConfig = WAN_VAE) -> int:
     return (frames - 1) // n + 1
 
 
-def latent_size(
-    height: int, width: int, vae: VAEConfig = WAN_VAE, patch_size: tuple[int, int, int] = (1, 2, 2)
-) -> tuple[int, int]:
+def latent_size(height: int, width: int, vae: VAEConfig, patch_size: tuple[int, int, int]) -> tuple[int, int]:
     """Latent height and width of a video of `height` x `width` pixels.
 
     Raises:
@@ -57,22 +55,18 @@ def latent_size(
     return height // vae.spatial_factor, width // vae.spatial_factor
 
 
-def given_frames(
-    task: Task, frames: int, *, count: int = 1, indices: Sequence[int] = (), vae: VAEConfig = WAN_VAE
-) -> np.ndarray:
+def given_frames(task: Task, frames: int, *, count: int = 1, indices: Sequence[int] = ()) -> np.ndarray:
     """Which pixel frames `task` gives: bool `[F]`, on the host. Stack several for a batch of mixed tasks.
 
     Args:
       task: t2v, i2v, flf2v, continuation or interpolation.
-      frames: length of the video, 4 n + 1.
+      frames: length of the video.
       count: continuation only: how many frames at the start, 1 to F - 1.
       indices: interpolation only: which frames, 0 to F - 1 (or from -F, counted from the end).
-      vae: whose lengths are accepted.
 
     Raises:
-      InputError: wrong length, count or index, or an unknown task.
+      InputError: wrong count or index, or an unknown task.
     """
-    latent_frames(frames, vae)
     if task == "continuation" and not 1 <= count < frames:
         raise InputError(f"continuation from {count} of {frames} frames: accepted are 1 to {frames - 1}; change count")
     if any(not -frames <= i < frames for i in indices):
@@ -93,7 +87,7 @@ def given_frames(
     return given
 
 
-def latent_mask(given: jax.Array | np.ndarray, height: int, width: int, vae: VAEConfig = WAN_VAE) -> jax.Array:
+def latent_mask(given: jax.Array | np.ndarray, height: int, width: int, vae: VAEConfig) -> jax.Array:
     """The mask channels, one for each pixel frame of a latent frame: float32 `[b, f, h, w, 4]`, 1 = given.
 
     Args:

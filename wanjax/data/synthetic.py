@@ -10,7 +10,7 @@ import numpy as np
 
 from wanjax.conditioning.frames import given_frames, latent_frames, latent_mask, latent_size
 from wanjax.conditioning.samples import Encoded
-from wanjax.config import DiTConfig, TrainConfig
+from wanjax.config import WAN_VAE, DiTConfig, TrainConfig
 
 
 class Synthetic:
@@ -23,10 +23,11 @@ class Synthetic:
     """
 
     def __init__(self, config: TrainConfig, dit: DiTConfig, distinct: int | None = None):
-        frames = latent_frames(config.frames)
-        self.shape = (frames, *latent_size(config.height, config.width), dit.out_channels)
+        frames = latent_frames(config.frames, WAN_VAE)
+        size = latent_size(config.height, config.width, WAN_VAE, dit.patch_size)
+        self.shape = (frames, *size, dit.out_channels)
         given = given_frames(dit.task, config.frames)  # [F]
-        self.mask = np.asarray(latent_mask(given[None], *self.shape[1:3]))[0]  # [f, h, w, 4]
+        self.mask = np.asarray(latent_mask(given[None], *size, WAN_VAE))[0]  # [f, h, w, 4]
         self.dit, self.seed, self.distinct = dit, config.seed, distinct
 
     def __getitem__(self, index: int) -> Encoded:

@@ -17,15 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from wanjax.config import WAN_VAE
+from wanjax.config import WAN_VAE, DiTConfig
 from wanjax.data.clip import Clip, UnusableClip
 from wanjax.data.decode import TOLERANCE, Damaged, Facts, decode, probe
 from wanjax.data.manifest import Row, read_manifest
 from wanjax.errors import InputError
 
 RATIOS = (Fraction(16, 9), Fraction(4, 3), Fraction(1), Fraction(3, 4), Fraction(9, 16))  # width / height
-STEP = WAN_VAE.size_multiple()
-
 LARGEST = 4096  # root of the largest area: all sizes up to it are compared
 
 
@@ -43,11 +41,13 @@ class Videos:
 
     Args:
       source: a manifest or a folder (`wanjax.data.manifest`), or its rows.
-      frames: of the longest bucket, 4n + 1, at least 5.
+      frames: of the longest bucket, 4n + 1, at least 5 (with the published VAE).
       area: pixels of a frame, about.
       fps: frames a second; 16 is the model's.
       lengths: frames of the buckets, each 4n + 1; None: `frames` and about three, two and one quarters of it.
       ratios: width / height of the buckets, about.
+      temporal_factor: pixel frames in a latent frame of the VAE.
+      size_multiple: what height and width are multiples of, see `VAEConfig.size_multiple`.
 
     Raises:
       InputError: an argument is none of these, the manifest cannot be read, or it has clips without captions.
@@ -61,9 +61,11 @@ class Videos:
         fps: float = 16.0,
         lengths: Sequence[int] | None = None,
         ratios: Sequence[float | Fraction] = RATIOS,
+        temporal_factor: int = WAN_VAE.temporal_factor,
+        size_multiple: int = WAN_VAE.size_multiple(DiTConfig().patch_size),
     ):
-        self.lengths = _check_lengths(frames, lengths)
-        self.sizes = choose_sizes(area, ratios)
+        self.lengths = _check_lengths(frames, lengths, temporal_factor)
+        self.sizes = choose_sizes(area, size_multiple, ratios)
         if not 0 < fps <= 240:
             raise InputError(f"{fps} frames a second; accepted: above 0, up to 240; the model was trained with 16")
         self.fps = float(fps)
@@ -153,21 +155,21 @@ def choose_size(height: int, width: int, sizes: Sequence[tuple[int, int]]) -> tu
     return max(sizes, key=kept)
 
 
-def choose_sizes(area: int, ratios: Sequence[float | Fraction] = RATIOS) -> tuple[tuple[int, int], ...]:
-    """For each ratio width / height the size (height, width) in steps of 16 that is nearest to it and to the area.
+def choose_sizes(area: int, step: int, ratios: Sequence[float | Fraction] = RATIOS) -> tuple[tuple[int, int], ...]:
+    """For each ratio width / height the size (height, width) in multiples of `step` nearest to it and to the area.
 
     None is larger than the area: what fits into memory at one ratio does so at all.
 
     Raises:
       InputError: no ratios or impossible ones, or an area of less than one step square or more than 4096 x 4096.
     """
-    if not STEP**2 <= area <= LARGEST**2 or not ratios or min(ratios) <= 0:
+    if not step**2 <= area <= LARGEST**2 or not ratios or min(ratios) <= 0:
         raise InputError(
             f"an area of {area} pixels, ratios {', '.join(map(str, ratios)) or 'none'}; accepted: an area of "
-            f"{STEP}x{STEP} to {LARGEST}x{LARGEST}, ratios above 0; change them"
+            f"{step}x{step} to {LARGEST}x{LARGEST}, ratios above 0; change them"
         )
-    sides = range(STEP, area // STEP + 1, STEP)
-    sizes = np.array([(height, width) for height in sides for width in sides[: area // height // STEP]])
+    sides = range(step, area // step + 1, step)
+    sizes = np.array([(height, width) for height in sides for width in sides[: area // height // step]])
     missing = np.log(area / sizes.prod(axis=1))
     aspect = np.log(sizes[:, 1] / sizes[:, 0])
     # Of equals, the one with the better ratio, so that 1 gives a square.
@@ -175,16 +177,16 @@ def choose_sizes(area: int, ratios: Sequence[float | Fraction] = RATIOS) -> tupl
     return tuple(dict.fromkeys((int(sizes[i, 0]), int(sizes[i, 1])) for i in nearest))
 
 
-def _check_lengths(frames: int, lengths: Sequence[int] | None) -> tuple[int, ...]:
+def _check_lengths(frames: int, lengths: Sequence[int] | None, n: int) -> tuple[int, ...]:
     if lengths is None:
-        quarters = (4 * round((frames - 1) / 4 * part / 4) + 1 for part in (4, 3, 2, 1))
-        chosen = {frames, *(length for length in quarters if length >= 5)}
+        quarters = (n * round((frames - 1) / n * part / 4) + 1 for part in (4, 3, 2, 1))
+        chosen = {frames, *(length for length in quarters if length > n)}
     else:
         chosen = set(lengths)
-    wrong = [length for length in chosen if length < 5 or length % 4 != 1]
+    wrong = [length for length in chosen if length <= n or (length - 1) % n]
     if wrong or not chosen:
         raise InputError(
-            f"clips of {wrong[0] if wrong else 'no'} frames; accepted: 4n + 1, at least 5, as the VAE takes them; "
-            "change the number of frames or the lengths"
+            f"clips of {wrong[0] if wrong else 'no'} frames; accepted: {n}n + 1, at least {n + 1}, as the VAE takes "
+            "them; change the number of frames or the lengths"
         )
     return tuple(sorted(chosen, reverse=True))

@@ -16,7 +16,7 @@ from sharding.rules import activation_spec, parameter_sharding
 from wanjax.conditioning.encoders import encode_chunk, image_features, text_features
 from wanjax.conditioning.frames import latent_frames, latent_size
 from wanjax.conditioning.samples import Encoded
-from wanjax.config import CLIPConfig, DiTConfig, SampleConfig, TrainConfig, UMT5Config, VAEConfig
+from wanjax.config import WAN_VAE, CLIPConfig, DiTConfig, SampleConfig, TrainConfig, UMT5Config
 from wanjax.diffusion import solvers
 from wanjax.diffusion.denoise import Guided, denoise
 from wanjax.models.clip import CLIPVision
@@ -79,12 +79,12 @@ class AbstractInputs:
 
 
 def latent_shape(config: SampleConfig | TrainConfig) -> tuple[int, int, int]:
-    """Latent frames, height and width; 16:9 where a configuration names an area only."""
+    """Latent frames, height and width with the published VAE; 16:9 where a configuration names an area only."""
     height, width = config.height, config.width
     if height is None or width is None:
         assert isinstance(config, SampleConfig)
-        height, width = choose_size(config, [])
-    return latent_frames(config.frames), *latent_size(height, width)
+        height, width = choose_size(config, [], WAN_VAE, DiTConfig())
+    return latent_frames(config.frames, WAN_VAE), *latent_size(height, width, WAN_VAE, DiTConfig().patch_size)
 
 
 def features(inputs: AbstractInputs, dit: DiTConfig, batch: int) -> tuple[Any, Any]:
@@ -135,7 +135,7 @@ def encode_images(config: SampleConfig, inputs: AbstractInputs) -> Stage:
 
 def vae_chunks(config: SampleConfig, inputs: AbstractInputs) -> tuple[Stage, Stage]:
     """The VAE's encoding and decoding of a chunk in the middle of a clip: four frames, one latent frame."""
-    vae = VAEConfig()
+    vae = WAN_VAE
     network = inputs.network(lambda rngs: VAE(vae, rngs))
     _, h, w = latent_shape(config)
 

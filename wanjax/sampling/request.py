@@ -15,7 +15,7 @@ from wanjax import media
 from wanjax.conditioning import images, text
 from wanjax.conditioning.encoders import Encoders
 from wanjax.conditioning.frames import Task, given_frames, latent_frames, latent_size
-from wanjax.config import WAN_VAE, DiTConfig, SampleConfig, VAEConfig
+from wanjax.config import DiTConfig, SampleConfig, VAEConfig
 from wanjax.diffusion import solvers
 from wanjax.diffusion.caching import Rules
 from wanjax.errors import InputError
@@ -73,7 +73,8 @@ def make_request(config: SampleConfig, networks: Networks, encoders: Encoders) -
     f = choose_length(config, vae)
     height, width, pictures = read_pictures(config, vae, dit)
     tokens = encoders.tokenizer(choose_prompts(config, task))
-    shift = (checkpoint.flow_shift or SHIFTS[task]) if config.shift is None else config.shift
+    usual = SHIFTS[task if dit.task == "flf2v" else dit.task]  # an i2v network's does not change with a last frame
+    shift = (checkpoint.flow_shift or usual) if config.shift is None else config.shift
     schedule = solvers.make_schedule(config.solver, config.steps, shift, config.conventions)
     measured = calibration.read_for(config, checkpoint, networks.loras, task, shift)
     frames = [images.video_pixels(p, height, width, config.conventions) for p in pictures]
@@ -82,7 +83,7 @@ def make_request(config: SampleConfig, networks: Networks, encoders: Encoders) -
         task=task,
         height=height,
         width=width,
-        given=given_frames(task, config.frames, vae=vae),
+        given=given_frames(task, config.frames),
         frames=np.stack(frames) if frames else np.zeros((0, height, width, 3), np.float32),
         clip_pixels=np.stack([images.clip_pixels(p, clip.image_size, config.conventions) for p in pictures])
         if clip
@@ -158,12 +159,9 @@ def choose_length(config: SampleConfig, vae: VAEConfig) -> int:
     return latent_frames(config.frames, vae)
 
 
-def choose_size(
-    config: SampleConfig, pictures: list[Any], vae: VAEConfig = WAN_VAE, dit: DiTConfig | None = None
-) -> tuple[int, int]:
+def choose_size(config: SampleConfig, pictures: list[Any], vae: VAEConfig, dit: DiTConfig) -> tuple[int, int]:
     """Height and width in pixels: as given, or else with the first picture's aspect ratio at the configured area."""
-    patch_size = (dit or DiTConfig()).patch_size
-    step = vae.size_multiple(patch_size)
+    step = vae.size_multiple(dit.patch_size)
     if config.height is not None and config.width is not None:
         height, width = config.height, config.width
     else:
@@ -173,7 +171,7 @@ def choose_size(
             height, width = config.height, max(step, round(config.height * width / height / step) * step)
         elif config.width is not None:
             height, width = max(step, round(config.width * height / width / step) * step), config.width
-    latent_size(height, width, vae, patch_size)
+    latent_size(height, width, vae, dit.patch_size)
     return height, width
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sharding.mesh import MeshShape
 from wanjax.conditioning.frames import latent_frames, latent_size
-from wanjax.config import TrainConfig
+from wanjax.config import WAN_VAE, DiTConfig, TrainConfig
 from wanjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,8 +39,9 @@ def check(config: TrainConfig, objective: Objective, mesh: MeshShape) -> None:
     check_validation(config)
     objective.check(mesh)
     check_batch(config, mesh)
-    latent_frames(config.frames)
-    latent_size(config.height, config.width)
+    vae, patch_size = config.vae or WAN_VAE, (config.dit or DiTConfig()).patch_size
+    latent_frames(config.frames, vae)
+    latent_size(config.height, config.width, vae, patch_size)
 
 
 def check_batch(config: TrainConfig, mesh: MeshShape) -> None:

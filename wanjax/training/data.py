@@ -8,7 +8,7 @@ import numpy as np
 
 from sharding.distributed import is_main
 from wanjax.conditioning.encoders import Encoders
-from wanjax.config import CachedData, ShapesData, SyntheticData, TrainConfig, VideoData
+from wanjax.config import WAN_VAE, CachedData, DiTConfig, ShapesData, SyntheticData, TrainConfig, VideoData
 from wanjax.data.buckets import Order, Shape, Usable, describe, group
 from wanjax.data.clip import Clips
 from wanjax.data.samples import TaskSamples
@@ -41,7 +41,14 @@ def open_clips(config: TrainConfig) -> ClipSet:
         clips = ProceduralClips(data.first_seed, data.count, config.frames, config.height, data.kind)
         return ClipSet(clips, {clips.shape(0): np.arange(data.count)})
     if isinstance(data, VideoData):
-        videos = Videos(data.path, config.frames, config.height * config.width)
+        vae, patch_size = config.vae or WAN_VAE, (config.dit or DiTConfig()).patch_size
+        videos = Videos(
+            data.path,
+            config.frames,
+            config.height * config.width,
+            temporal_factor=vae.temporal_factor,
+            size_multiple=vae.size_multiple(patch_size),
+        )
         groups = group(videos, progress=is_main())
         if groups.unusable and is_main():
             for name, reason in groups.unusable.items():

@@ -26,7 +26,7 @@ from wanjax.models.dit import DiT, ImageEmbedding
 from wanjax.weights import Checkpoint
 from wanjax.weights.load import ChooseSharding, abstract_model, is_param, parameters, replicated, zeros
 
-WIDENED = ("in_channels", "image_dim", "image_positions", "model_type")
+WIDENED = ("in_channels", "image_dim", "image_positions")
 
 
 def start_config(checkpoint: Checkpoint, config: DiTConfig) -> DiTConfig:
@@ -43,6 +43,8 @@ def start_config(checkpoint: Checkpoint, config: DiTConfig) -> DiTConfig:
             "needed; give the checkpoint that it was made of"
         )
     for field in dataclasses.fields(config):
+        if field.name == "model_type":  # what the run trains it for, not what the weights are
+            continue
         theirs, ours = getattr(given, field.name), getattr(config, field.name)
         added = field.name in WIDENED and (not theirs or (field.name == "in_channels" and theirs < ours))
         if theirs != ours and not added:

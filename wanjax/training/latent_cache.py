@@ -26,7 +26,7 @@ from tqdm import tqdm
 from wanjax.conditioning.encoders import Encoders
 from wanjax.conditioning.frames import latent_mask
 from wanjax.conditioning.samples import Encoded, PixelSample
-from wanjax.config import CachedData, DiTConfig, TrainConfig
+from wanjax.config import WAN_VAE, CachedData, DiTConfig, TrainConfig
 from wanjax.data.batch import shard_batch
 from wanjax.data.buckets import Order, Shape
 from wanjax.data.samples import TaskSamples, dropped, locate
@@ -155,7 +155,8 @@ def _read_index(path: Path) -> dict[str, Any]:
 def _control(record: dict[str, np.ndarray]) -> np.ndarray | None:
     if "known" not in record:
         return None
-    mask = np.asarray(latent_mask(record["given"][None], *record["known"].shape[1:3]))[0]
+    h, w = record["known"].shape[1:3]
+    mask = np.asarray(latent_mask(record["given"][None], h, w, WAN_VAE))[0]
     return np.concatenate([mask, record["known"]], axis=-1)  # [f, h, w, 4 + c]
 
 

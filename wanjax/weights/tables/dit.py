@@ -152,11 +152,14 @@ def with_model_type(config: DiTConfig, said: Any) -> DiTConfig:
     """The configuration with what an official `config.json` says of the task, where that is not what the inputs say.
 
     Raises:
-      InputError: it says something that is not Wan's.
+      InputError: it says something that is not Wan's, or that frames are given to a network that none go into.
     """
-    accepted = ("t2v", "i2v", "flf2v")
+    accepted = ("t2v",) if config.task == "t2v" else ("t2v", "i2v", "flf2v")
     if said is not None and said not in accepted:
-        raise InputError(f"Transformer with model_type = {said}; {', '.join(accepted)} are accepted.")
+        raise InputError(
+            f"Transformer of {config.in_channels} input and {config.out_channels} output channels with model_type = "
+            f"{said}; accepted: {', '.join(accepted)}; download its configuration again."
+        )
     return config if said in (None, config.task) else dataclasses.replace(config, model_type=said)
 
 
