@@ -135,7 +135,7 @@ def test_another_geometry():
     vae = VAEConfig(temporal_downsample=(False, False, True, True), dim_mult=(1, 2, 4, 4, 4), z_dim=48)
     assert latent_frames(81, vae) == 21
     assert latent_size(704, 1280, vae, PATCH) == (44, 80)
-    with pytest.raises(InputError, match="multiples of 32; use 736 and 1280"):
+    with pytest.raises(InputError, match="multiples of 32; use 704 and 1280"):
         latent_size(720, 1280, vae, PATCH)
     half = VAEConfig(temporal_downsample=(False, False, True))
     assert latent_frames(7, half) == 4
