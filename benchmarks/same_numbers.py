@@ -51,9 +51,9 @@ TRAININGS = {
     "dit": "dit=DIT, data=SHAPES, tasks=TaskMix(i2v=1.0, flf2v=1.0, continuation=1.0), accumulate=2",
     "validated": "dit=DIT, data=SHAPES, validation=ShapesData('all', 50, 4), validate_every=5, sample_every=5, "
     "sample_clips=2, sample_steps=2, batch=4",
-    "lora": "checkpoint='wanjax/demo', data=SHAPES, lora=LoRAConfig(rank=2), mesh='fsdp=8'",
-    "cached": "dit=DIT, data=CachedData(CACHE, of=SHAPES), mesh='fsdp=8'",
-    "vae": "encoders=None, vae=VAE, data=SHAPES, snippet=(5, 16, 16), mesh='fsdp=8'",
+    "lora": "checkpoint='wanjax/demo', data=SHAPES, lora=LoRAConfig(rank=2), mesh='fsdp=2,ulysses=4'",
+    "cached": "dit=DIT, data=CachedData(CACHE, of=SHAPES), mesh='fsdp=2,ulysses=4'",
+    "vae": "encoders=None, vae=VAE, data=SHAPES, snippet=(5, 16, 16), mesh='fsdp=2,ulysses=4'",
 }
 DEMO = {
     "demo": "",
