@@ -8,9 +8,9 @@ import pytest
 from tiny import GOLDEN, golden
 from tiny_checkpoints import CLIP_FILE, DIT_FILE, EXTRA, UMT5_FILE, VAE_FILE, copy_checkpoint, edit, edit_json
 
+from wanjax.commands import main
 from wanjax.errors import InputError
 from wanjax.weights import Checkpoint, convert, save
-from wanjax.weights.__main__ import main
 
 # The package's `save` is the function; this is the module that it is in.
 save_module = importlib.import_module("wanjax.weights.save")
@@ -126,9 +126,8 @@ def test_damaged_extra(tmp_path):
 
 
 def test_command(tmp_path, capsys):
-    assert (
-        main([str(GOLDEN / "official"), str(tmp_path / "new"), "--layout", "diffusers", "--max-shard-gb", "0.001"]) == 0
-    )
+    new = [str(GOLDEN / "official"), str(tmp_path / "new"), "--layout", "diffusers", "--max-shard-gb", "0.001"]
+    main(["convert", *new])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"{tmp_path / 'new'} has the diffusers layout."
     written = {line.split()[1] for line in lines if line.startswith("wrote ")}
@@ -137,7 +136,7 @@ def test_command(tmp_path, capsys):
     assert all((tmp_path / "new" / name).is_file() for name in written)
     assert "The schedule's shift is not in the source: 16.0 is taken, the official default." in lines
     back = [str(tmp_path / "new"), str(tmp_path / "back"), "--layout", "official", "--no-pth", "--flow-shift", "3"]
-    assert main(back) == 0
+    main(["convert", *back])
     assert Checkpoint(tmp_path / "back").flow_shift == 3.0
 
 
@@ -152,7 +151,9 @@ def test_command(tmp_path, capsys):
     ],
 )
 def test_command_refuses_in_one_line(arguments, match, capsys):
-    assert main([*arguments, "--layout", "diffusers"]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", *arguments, "--layout", "diffusers"])
+    assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("error: ")
