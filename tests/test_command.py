@@ -12,21 +12,28 @@ import pytest
 import sample_jax
 import train_jax
 from wanjax import commands
-from wanjax.commands import sample, train
+from wanjax.cli import exit_codes
+from wanjax.commands import cache, sample, select, train
 from wanjax.config import SampleConfig, TrainConfig
+from wanjax.sampling import compile_cache
+from wanjax.settings import ON_DISK
 
-COUNT = "whole numbers from 1 are accepted"
+COUNT = "whole numbers from 1 to 1000000 are accepted"
 NUMBER = "accepted: NAME=NUMBER, such as difference=0.1"
 CASES = [
     ("cache", "--out o", "required: --config"),
     ("cache", "--config c.py --out o --batch 0", f"--batch 0; {COUNT}"),
-    ("cache", "--config c.py --out o --batch many", "--batch: invalid int value: 'many'"),
+    ("cache", "--config c.py --out o --batch many", "--batch: 'many'; whole numbers are accepted"),
     ("cache", "--config c.py --out o --processes 0", f"--processes 0; {COUNT}"),
     ("cache", "--config c.py --out o --process-id 1", "--process-id 1 of --processes 1"),
+    ("cache", "--config s3://b/c.py --out o", f"--config 's3://b/c.py'; {ON_DISK}"),
+    ("select", "gs://b/clips", f"input 'gs://b/clips'; {ON_DISK}"),
+    ("convert", "hf://a b --layout official", f"source 'hf://a'; {ON_DISK}"),
+    ("decode", "https://b/a.npy", f"latents 'https://b/a.npy'; {ON_DISK}"),
     ("select", "", "required: input"),
     ("select", ". --threads 0", f"--threads 0; {COUNT}"),
     ("select", ". --threads -2", f"--threads -2; {COUNT}"),
-    ("select", ". --threads many", "--threads: invalid int value: 'many'"),
+    ("select", ". --threads many", "--threads: 'many'; whole numbers are accepted"),
     ("select", ". --min motion", f"--min: 'motion'; {NUMBER}"),
     ("select", ". --top motion=nan", f"--top: 'motion=nan'; {NUMBER}"),
     ("select", ". --bottom motion=2", "the share 2 of motion; accepted: above 0, up to 1"),
@@ -37,12 +44,13 @@ CASES = [
     ("select", ". --area 1000000000000", "an area of 1000000000000 pixels"),
     ("select", ". --fps nan", "nan frames a second; accepted: above 0"),
     ("convert", "a b", "required: --layout"),
-    ("convert", "a b --layout official --max-shard-gb many", "--max-shard-gb: invalid float value: 'many'"),
-    ("convert", "a b --layout official --max-shard-gb inf", "--max-shard-gb is inf"),
-    ("convert", "a b --layout official --flow-shift -1", "--flow-shift is -1.0"),
-    ("calibrate", "--steps many", "--steps: invalid int value: 'many'"),
+    ("convert", "a b --layout official --max-shard-gb many", "--max-shard-gb: 'many'; numbers are accepted"),
+    ("convert", "a b --layout official --max-shard-gb inf", "--max-shard-gb inf; a number above 0"),
+    ("convert", "a b --layout official --flow-shift -1", "--flow-shift -1; a number above 0"),
+    ("calibrate", "--steps many", "--steps 'many'; whole numbers from 1"),
     ("report", "", "required: --config"),
-    ("report", "--config configs/train_tiny.py --mesh", "--mesh: expected one argument"),
+    ("plan", "", "required: --config"),
+    ("plan", "--config configs/train_tiny.py --mesh", "--mesh: expected one argument"),
 ]
 
 
@@ -85,6 +93,55 @@ def test_help_needs_neither_jax_nor_time():
     assert not {"flax", "optax", "orbax", "grain", "av", "PIL", "transformers", "qwix"} & set(json.loads(done.stdout))
 
 
+@pytest.mark.parametrize(("closed", "left"), [("", {0, 1, 2}), (">&-", {0, 2}), (">&- 2>&- <&-", set())])
+def test_closed_streams_are_no_files_that_are_written(tmp_path, closed, left):
+    program = (
+        "import sys; from wanjax.cli import exit_codes\n"
+        "with exit_codes(), open(sys.argv[1], 'w') as file:\n"
+        "    print('\u00fc'); print('\u00fc', file=sys.stderr); file.write(str(file.fileno()))"
+    )
+    command = f'exec "$0" -c "$1" "$2" {closed}'
+    argv = ["sh", "-c", command, sys.executable, program, str(tmp_path / "file")]
+    done = subprocess.run(argv, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int((tmp_path / "file").read_text()) > 2
+    assert done.stdout == "\\xfc\n" * (1 in left)
+    assert done.stderr == "\\xfc\n" * (2 in left)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), "more memory than there is (Unable to allocate 9 TiB)"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), "more memory than there is"),
+        (RuntimeError("Unable to initialize backend 'foo': ..."), "JAX finds no devices (Unable to initialize"),
+        (
+            ValueError("invalid truth value 'foo' for environment 'JAX_LOG_COMPILES'"),
+            "variable of the environment that JAX",
+        ),
+        (ValueError('Invalid value "foo" for JAX flag jax_num_cpu_devices'), "variable of the environment that JAX"),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line(error, said, capsys):
+    with pytest.raises(SystemExit) as end, exit_codes():
+        raise error
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert line.count(";") == 2
+    with pytest.raises(ValueError, match="another"), exit_codes():
+        raise ValueError("another")
+
+
+def test_numbers_of_64_bits_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("JAX_ENABLE_X64", "true")
+    with pytest.raises(SystemExit, match="2"):
+        commands.main(["decode", "latents.npy"])
+    assert (
+        capsys.readouterr().err == "error: JAX_ENABLE_X64=true; numbers of 32 bits and fewer are accepted; unset it\n"
+    )
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_completion(shell, capsys):
     commands.main(["--completion", shell])
@@ -117,3 +174,23 @@ def test_the_readme_has_the_flags_of_the_source():
 def test_the_command_and_the_scripts_are_one():
     assert sample_jax.main is sample.main
     assert train_jax.main is train.main
+
+
+def test_training_caching_and_selecting_keep_their_programs(tmp_path, monkeypatch):
+    class KeptError(Exception):
+        pass
+
+    def keep(folder):
+        raise KeptError(str(folder))
+
+    monkeypatch.setattr(compile_cache, "use_persistent_cache", keep)
+    place = str(tmp_path / "programs")
+    flags = ["--compile-cache", place]
+    for run in (
+        lambda: train.train(dataclasses.replace(TrainConfig(), compile_cache=place)),
+        lambda: cache.main(["--config", "configs/train_tiny.py", "--out", str(tmp_path / "out"), *flags]),
+        lambda: select.main([str(tmp_path), *flags]),
+    ):
+        with pytest.raises(KeptError) as kept:
+            run()
+        assert str(kept.value) == place
