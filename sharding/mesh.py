@@ -55,7 +55,8 @@ def parse_mesh(text: str, num_devices: int) -> MeshShape:
     sizes: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, size = (x.strip() for x in part.partition("="))
-        if name not in AXES or name in sizes or not (size == "-1" or (size.isdecimal() and int(size) > 0)):
+        is_count = size.isdecimal() and len(size) < 8 and int(size) > 0  # there are not as many devices
+        if name not in AXES or name in sizes or not (size == "-1" or is_count):
             raise InputError(f"mesh {text!r}: cannot read {part!r}; {accepted}; for example data=1,fsdp=-1")
         sizes[name] = int(size)
     if list(sizes.values()).count(-1) > 1:

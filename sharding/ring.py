@@ -6,6 +6,8 @@ their way while the present ones are attended to; nothing is gathered, so a devi
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,9 +15,10 @@ from jax.typing import DTypeLike
 from sharding.mesh import current_shape
 from wanjax.config import Attention
 from wanjax.ops.attention import kernel
-from wanjax.ops.kernels import LOWEST, Forward, Gradients
+from wanjax.ops.kernels import Forward, Gradients, merge_tpu
 
 RING = "ring"
+KeysAndValues = tuple[jax.Array, jax.Array]
 
 
 def ring_forward(
@@ -36,17 +39,16 @@ def ring_forward(
     if ring == 1:
         return kernel(choice).forward(q, k, v, valid_keys(0, k.shape[2], length), dtype)
 
-    def attend(hop: jax.Array | int, kv: jax.Array) -> Forward:
-        return kernel(choice).forward(q, *kv, valid_keys(hop, kv.shape[3], length), jnp.float32)  # the parts are summed
+    def attend(hop: jax.Array | int, kv: KeysAndValues) -> Forward:
+        return kernel(choice).forward(q, *kv, valid_keys(hop, k.shape[2], length), jnp.float32)  # the parts are summed
 
-    def step(hop: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        kv, out, lse = carry
-        return send(kv), *merge((out, lse), attend(hop, kv))
+    def step(hop: jax.Array, carry: tuple[KeysAndValues, Forward]) -> tuple[KeysAndValues, Forward]:
+        kv, result = carry
+        return (send(kv[0]), send(kv[1])), merge(result, attend(hop, kv), jnp.float32)
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], LOWEST, jnp.float32)
-    kv, out, lse = jax.lax.fori_loop(0, ring - 1, step, (jnp.stack((k, v)), *nothing))
-    out, lse = merge((out, lse), attend(ring - 1, kv))  # where nothing is left to send
-    return out.astype(dtype), lse
+    carry = (send(k), send(v)), attend(0, (k, v))
+    kv, result = jax.lax.fori_loop(1, ring - 1, step, carry)
+    return merge(result, attend(ring - 1, kv), dtype)  # where nothing is left to send
 
 
 def ring_backward(q, k, v, length: int, lse, delta, dout, choice: Attention = "auto") -> Gradients:
@@ -81,7 +83,8 @@ def ring_backward(q, k, v, length: int, lse, delta, dout, choice: Attention = "a
 def send(x: jax.Array) -> jax.Array:
     """`x` to the next device of the ring, in exchange for that of the device before.
 
-    Keys and values travel as one array, and so do their gradients: XLA keeps two transfers in the air, not four.
+    In the backward pass keys and values travel as one array, and so do their gradients: XLA keeps two transfers in the
+    air, not four.
     """
     ring = current_shape().ring
     return jax.lax.ppermute(x, RING, [(i, (i + 1) % ring) for i in range(ring)])
@@ -96,8 +99,14 @@ def valid_keys(hop: jax.Array | int, block: int, length: int) -> jax.Array | Non
     return jnp.clip(length - home * block, 0, block).astype(jnp.int32)
 
 
-def merge(one: Forward, other: Forward) -> Forward:
-    """Attention to two blocks of keys from that to each, `[b, n, l, d]` and `[b, n, l]`, all float32."""
-    lse = jnp.logaddexp(one[1], other[1])
-    first, second = (jnp.exp(part_lse - lse)[..., None] * part for part, part_lse in (one, other))
-    return first + second, lse
+def merge(one: Forward, other: Forward, dtype: DTypeLike) -> Forward:
+    """Attention to two blocks of keys from that to each, `[b, n, l, d]` and `[b, n, l]`, float32; output in `dtype`."""
+
+    def plain(one: Forward, other: Forward) -> Forward:
+        lse = jnp.logaddexp(one[1], other[1])
+        first, second = (jnp.exp(part_lse - lse)[..., None] * part for part, part_lse in (one, other))
+        return (first + second).astype(dtype), lse
+
+    if not merge_tpu.supports(one[0]):
+        return plain(one, other)
+    return jax.lax.platform_dependent(one, other, tpu=partial(merge_tpu.merge, dtype=dtype), default=plain)

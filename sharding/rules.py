@@ -2,9 +2,9 @@
 
 Activations: a batch is split over `data` and `fsdp`, tokens over `ring` and `ulysses` (ring first, so that a ring
 member holds neighbouring tokens); the VAE's pictures, in height and width, over `ring` and `ulysses` in whichever way
-makes the most parts. Parameters and optimiser state: every one is split over `fsdp`, `ring` and `ulysses` together,
-along the axis it calls "embed" or, if that does not divide, another; each device stores 1/N of the model and gathers a
-layer's weights when it needs them.
+makes the most parts. Parameters and optimiser state: every one but the vectors is split over `fsdp`, `ring` and
+`ulysses` together, along the axis it calls "embed" or, if that does not divide, another; each device stores 1/N of the
+model and gathers a layer's weights when it needs them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from sharding.mesh import current_shape
 
 ACTIVATIONS: dict[str, tuple[str, ...]] = {"batch": ("data", "fsdp"), "tokens": ("ring", "ulysses")}
 PARAMETERS: tuple[str, ...] = ("fsdp", "ring", "ulysses")
+TILE_ROWS = 128
+"""A multiple of the rows of a memory tile, whatever the chip and the dtype."""
 PREFERRED = ("embed", "mlp", "heads", "vocab")
 """Logical parameter axes, in the order in which they are tried."""
 
@@ -46,6 +48,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.sharding.reshard(x, activation_spec(x.shape, *axes))
+
+
+def token_padding(length: int) -> int:
+    """Tokens that are added to `length` so that the mesh divides them.
+
+    Many are padded to whole rows of memory tiles on every device as well. On TPUs all of a sequence is then the parts
+    of its devices one behind the other; with any rest, putting them together is a copy.
+    """
+    parts = current_shape().sequence
+    multiple = TILE_ROWS if parts > 1 and length >= 16 * TILE_ROWS * parts else 1
+    return -length % (parts * multiple)
 
 
 def pictures_spec(shape: tuple[int, ...], cells: tuple[int, int]) -> PartitionSpec:
@@ -86,9 +99,9 @@ def gather(parameter: jax.Array, x: jax.Array | None = None) -> jax.Array:
 
     Args:
       parameter: split or whole.
-      x: what it will be multiplied with by a matrix product. On the axes that split `x`, each device's gradient is a
-        partial sum; JAX is told so ("reduced"), and leaves it one until it is scattered home, where it would
-        otherwise be summed whole on every device first.
+      x: what it will be multiplied with by a matrix product. The parameter is marked `reduced` over the axes that split
+        `x`, so that its gradient stays a partial sum until the reduce-scatter in `_scatter`, and is not all-reduced
+        first.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return parameter
@@ -126,8 +139,8 @@ def _scatter(split: frozenset[str], spec: PartitionSpec, _: None, gradient: jax.
         done.add(name)
         cut = (a if a in done else None for a in names)
         parts = jax.sharding.reshard(parts, PartitionSpec(*cut, *(None,) * g.ndim, unreduced=split - done))
-    home = PartitionSpec(tuple(names), *(None,) * (g.ndim - 1), unreduced=split - done)
-    g = jax.lax.reshape(parts, g.shape, out_sharding=home)
+    scattered = PartitionSpec(tuple(names), *(None,) * (g.ndim - 1), unreduced=split - done)
+    g = jax.lax.reshape(parts, g.shape, out_sharding=scattered)
     return (jax.sharding.reshard(jnp.moveaxis(g, 0, axis), spec),)
 
 
@@ -168,7 +181,7 @@ def repeat(x: jax.Array, repeats: int, axis: int) -> jax.Array:
 def split_batch(x: jax.Array, parts: int) -> jax.Array:
     """`[b, ..]` -> `[parts, b / parts, ..]`, each part split over the batch's mesh axes.
 
-    Neighbouring rows go to different parts, so that every device finds its share of every part at home.
+    Neighbouring rows go to different parts, so that no row has to move: each device has its share of every part.
     """
     shape = (x.shape[0] // parts, parts, *x.shape[1:])
     if jax.sharding.get_abstract_mesh().empty:
@@ -185,7 +198,11 @@ def parameter_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: 
       shape: the parameter's, perhaps with leading layer axes that `axes` does not name and that stay whole.
       axes: logical names of its last axes.
       sizes: of the mesh's axes.
+
+    Vectors are whole: they weigh nothing, and each would be a collective of its own in every layer.
     """
+    if len(axes) == 1:
+        return PartitionSpec(*(None,) * len(shape))
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)
     for count in range(len(PARAMETERS), 0, -1):
         mesh_axes = PARAMETERS[:count]

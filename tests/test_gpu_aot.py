@@ -12,7 +12,8 @@ from sharding import sequence_attention
 from sharding.xla_options import GPU_OPTIONS
 from wanjax.models.layers import Linear, QuantizedLinear
 from wanjax.ops.kernels import int8fp8_gpu
-from wanjax.report import memory
+from wanjax.report import compiled, memory
+from wanjax.report.compiled import Case
 from wanjax.report.hlo import parse, shapes
 from wanjax.report.programs import AbstractInputs
 from wanjax.report.topology import topology_mesh
@@ -83,28 +84,28 @@ def test_the_product_is_of_8_bit_numbers(topology, format, product):
     assert matrices == {"s8"}  # the bits of either format
 
 
-def programs(config, topology, mesh, only, quantize=None):
-    config, dit, _ = memory.load(config)
-    return dict(memory.compiled(config, requantized(dit, quantize), topology, mesh, only))
+def figures(config, topology, mesh, name="DiT step", quantize=None):
+    config, dit, *_ = memory.load(config)
+    return compiled.measure(Case(config, requantized(dit, quantize), topology, mesh), name)
 
 
 def test_a_step_of_sampling_on_eight():
-    (row,) = programs("configs/flf2v_14b_720p.py", "h100:8", "data=2,ulysses=4", ["DiT step"]).values()
-    assert row["peak"] <= 11 * GIB
-    assert row["all-to-all"] == 4 * 40 * 18900 * 5120 * 2  # self-attention's queries, keys, values and results
-    assert row["all-gather"] <= 24 * GIB  # the weights once
-    assert row["exposed"] <= 0.35 * row["all-to-all"]
-    assert row["all-reduce"] == row["reduce-scatter"] == row["collective-permute"] == 0
+    row = figures("configs/flf2v_14b_720p.py", "h100:8", "data=2,ulysses=4")
+    assert row.peak <= 11 * GIB
+    assert row.payload["all-to-all"] == 4 * 40 * 18944 * 5120 * 2  # self-attention's queries, keys, values and results
+    assert row.payload["all-gather"] <= 24 * GIB  # the weights once
+    assert row.exposed <= 0.35 * row.payload["all-to-all"]
+    assert row.payload["all-reduce"] == row.payload["reduce-scatter"] == row.payload["collective-permute"] == 0
 
 
 @pytest.mark.parametrize(("gpu", "quantize", "limit"), [("h100:1", None, 35), ("rtx5090:1", "fp8", 24)])
 def test_a_step_of_sampling_on_one(gpu, quantize, limit):
     """One branch of guidance after the other; no weight twice."""
-    (row,) = programs("configs/flf2v_14b_720p.py", gpu, "data=1", ["DiT step"], quantize).values()
-    assert row["peak"] <= limit * GIB
+    row = figures("configs/flf2v_14b_720p.py", gpu, "data=1", quantize=quantize)
+    assert row.peak <= limit * GIB
 
 
 def test_a_training_step_on_eight():
-    (row,) = programs("configs/train_flf2v_14b_720p.py", "h100:8", "ulysses=8", None).values()
-    assert row["peak"] <= 60 * GIB
-    assert row["all-reduce"] < 0.1 * row["reduce-scatter"]  # gradients go home as sums of parts
+    row = figures("configs/train_flf2v_14b_720p_4chips.py", "h100:8", "ulysses=8", "training step")
+    assert row.peak <= 60 * GIB
+    assert row.payload["all-reduce"] < 0.1 * row.payload["reduce-scatter"]  # gradients go home as sums of parts

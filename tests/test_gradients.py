@@ -69,9 +69,9 @@ def results(config, shape):
         def run(state, batch):
             noised = objective.prepare(batch, state.key())
             x = flow.interpolate(batch.latents, noised.noise, noised.sigma)
-            x = jnp.concatenate([x, batch.control], axis=-1)
+            x = jnp.concatenate([x, batch.image_condition], axis=-1)
             velocity = state.model(x, flow.timestep(noised.sigma), state.model.context(batch.text, batch.image))
-            return *gradients(objective, state.model, noised), velocity
+            return *gradients(objective.loss, state.model, noised, config.accumulate), velocity
 
         loss, grads, velocity = jax.jit(run)(state, batch)
         for g, x in zip(jax.tree.leaves(grads), jax.tree.leaves(state.model), strict=True):

@@ -27,7 +27,7 @@ import sample_jax
 from sharding.mesh import MeshShape
 from sharding.rules import parameter_sharding
 from wanjax.commands.quantize import main
-from wanjax.config import DiTConfig, TrainConfig
+from wanjax.config import DiTConfig, LoRAConfig, TrainConfig
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.ops.quantized import DTYPES, matmul, quantize_weight
@@ -208,4 +208,6 @@ def test_what_is_refused(tmp_path):
             checkpoint.check("dit", dataclasses.replace(checkpoint.config("dit"), quantize=format))
     with pytest.raises(InputError, match="quantised to int8, which has no gradient"):
         network_to_train(TrainConfig(checkpoint=str(tmp_path / "a")))
+    beside = network_to_train(TrainConfig(checkpoint=str(tmp_path / "a"), lora=LoRAConfig()))  # adapters may learn
+    assert (beside.quantize, beside.weight_only) == ("int8", True)
     shutil.rmtree(tmp_path / "a")

@@ -1,9 +1,8 @@
-"""The report and what it reads: memory by counting, collectives and operations from XLA's text."""
+"""What a compiled program costs, read off XLA's text."""
 
 import dataclasses
 import functools
 import os
-import re
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,10 @@ from tiny import DIT
 
 from sharding.mesh import MeshShape, make_mesh
 from sharding.xla_options import use_tpu_options
-from wanjax.commands import report
-from wanjax.config import DiTConfig, SampleConfig
-from wanjax.errors import InputError
-from wanjax.report import memory, programs
+from wanjax.config import SampleConfig
+from wanjax.report import programs
 from wanjax.report.hlo import collectives, flops, parse, read
 
-GIB = 2**30
 LAYERS, TOKENS, WIDTH = 5, 64, 32
 
 
@@ -143,24 +139,10 @@ ENTRY %main (g: bf16[8,6]) -> bf16[1,6] {
 
 
 def test_text_of_a_gpu():
-    """Several arrays travel in one collective, and a start that is waited for at once is not asynchronous."""
+    """Several arrays travel in one collective, and a start whose done comes at once overlaps with nothing."""
     scattered, gathered = collectives(parse(GPU))
     assert scattered[:4] == ("reduce-scatter", 8 * (6 + 2) * 2, 1, True)
     assert gathered[:4] == ("all-gather", 8 * 6 * 2, 1, False)
-
-
-CONFIGS = ("flf2v_14b_720p", "i2v_14b_480p", "t2v_1_3b_480p")
-TRAINING = ("train_flf2v_14b_720p", "train_flf2v_14b_720p_4chips", "train_lora_flf2v_14b")
-STAGES = ("train_flf2v_14b_stage1", "train_flf2v_1_3b_stage1")
-
-
-@pytest.mark.parametrize("name", CONFIGS + TRAINING + STAGES)
-def test_every_mesh_of_every_configuration(name, capsys):
-    path = f"configs/{name}.py"
-    report.main(["--config", path])
-    head, _, *rows = capsys.readouterr().out.splitlines()
-    assert path in head
-    assert len(rows) == len(memory.load(path)[2]) > 0
 
 
 def test_the_users_options_of_libtpu_come_last(monkeypatch):
@@ -169,45 +151,3 @@ def test_the_users_options_of_libtpu_come_last(monkeypatch):
     first, *_, last = os.environ["LIBTPU_INIT_ARGS"].split()
     assert first == "--xla_enable_async_all_gather=true"
     assert last == "--xla_tpu_force_async_all_to_all=false"
-
-
-def test_weights_are_counted_to_the_byte(capsys):
-    report.main(["--config", "configs/train_flf2v_14b_720p.py", "--mesh", "fsdp=16,ulysses=4"])
-    header, row = (re.split(r"\s+", line.strip()) for line in capsys.readouterr().out.splitlines()[1:])
-    columns = dict(zip(header, map(float, row[1:]), strict=True))
-    parameters = 16_395_536_704  # tests/test_parameter_counts.py
-    assert columns["weights"] == pytest.approx(4 * parameters / 64 / GIB, abs=0.02)
-    assert columns["optimiser"] == pytest.approx(2 * columns["weights"], abs=0.02)
-
-
-def test_estimate_of_activations_is_near_the_compilers():
-    """Compiled for v6e:2x4, the DiT step's peak is 8.61 GiB, 6.59 of it arguments (docs/memory.md)."""
-    assert memory.working_bytes(18900, DiTConfig()) / GIB == pytest.approx(8.61 - 6.59, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config", "configs/none.py"], "cannot be read"),
-        (["--config", "configs/tiny_random.py"], "NETWORK"),
-        (["--config", "configs/train_tiny.py"], "MESHES"),
-        (["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=-1"], "give every size"),
-        (["--config", "configs/flf2v_14b_720p.py", "--mesh", "rows=2"], "cannot read 'rows=2'"),
-        (["--config", "configs/flf2v_14b_720p.py", "--mesh", "ulysses=3"], "heads"),
-        (["--config", "configs/flf2v_14b_720p.py", "--compile", "v9:1"], "give --mesh"),
-    ],
-)
-def test_bad_input(arguments, message):
-    with pytest.raises(InputError, match=message) as error:
-        report.main(arguments)
-    assert "\n" not in str(error.value)
-
-
-def test_8_bits_are_counted(capsys):
-    weights = []
-    for flags in ([], ["--quantize", "fp8"]):
-        report.main(["--config", "configs/flf2v_14b_720p.py", "--mesh", "data=2,ulysses=4", *flags])
-        weights.append(float(capsys.readouterr().out.splitlines()[2].split()[1]))
-    assert 0.5 * weights[0] <= weights[1] <= 0.6 * weights[0]
-    with pytest.raises(InputError, match="a config for sampling"):
-        report.main(["--config", "configs/train_flf2v_14b_720p.py", "--quantize", "fp8"])

@@ -12,7 +12,9 @@ from tiny import on, relative_error
 
 from sharding import check_heads, sequence_attention
 from sharding.mesh import MeshShape
+from sharding.ring import merge
 from wanjax.errors import InputError
+from wanjax.ops.kernels import LOWEST, merge_tpu
 
 TOKENS = PartitionSpec(("data", "fsdp"), ("ring", "ulysses"))
 MESHES = [
@@ -128,3 +130,22 @@ def test_heads_that_cannot_be_split_name_the_factors():
     x = jnp.zeros((1, 8, 3, 8))
     with on(MeshShape(ulysses=8)), pytest.raises(InputError, match="1, 3"):
         sequence_attention(x, x, x, 8)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2.0**-7)])
+def test_tpu_kernel_merges_as_said(dtype, tolerance):
+    """Of the rows of the second block, the first ones saw no key."""
+    random = np.random.default_rng(0)
+    one, other = (
+        (
+            jnp.asarray(random.normal(size=(2, 3, 300, 128)), jnp.float32),
+            jnp.asarray(random.normal(size=(2, 3, 300)) * 9, jnp.float32),
+        )
+        for _ in range(2)
+    )
+    other = other[0].at[:, :, :7].set(0), other[1].at[:, :, :7].set(LOWEST)
+    got, expected = merge_tpu.merge(one, other, dtype, interpret=True), merge(one, other, dtype)
+    assert got[0].dtype == dtype
+    np.testing.assert_allclose(*(np.asarray(x[0], np.float32) for x in (got, expected)), rtol=tolerance, atol=2e-6)
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(got[1][:, :, :7], one[1][:, :, :7])

@@ -16,28 +16,29 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from sharding.local import local_attention
+from sharding.local import local_attention, per_token
 from sharding.mesh import current_shape
-from sharding.rules import constrain, gather, reshape, split_batch
-from sharding.ulysses import sequence_attention
+from sharding.rules import constrain, gather, split_batch
+from sharding.ulysses import check_heads, sequence_attention
 from wanjax.config import Attention, DiTConfig, Remat
+from wanjax.models.embeddings import MLP, Head, ImageEmbedding, PatchEmbedding, timestep_features, unpatchify
 from wanjax.models.layers import (
     LayerNorm,
     Linear,
     QuantizedLinear,
     RMSNorm,
-    normalize,
+    add_gated,
+    apply_all,
+    modulate,
     rematerialised,
     scan,
     stack,
-    xavier,
-    zeros,
 )
-from wanjax.models.rope import Rotation, make_rotation, rotate
+from wanjax.models.rope import Rotation, make_rotation
+from wanjax.ops import norms
 from wanjax.ops.quantized import Format
 
 SEQUENTIAL_BRANCH_MIN_TOKENS = 4096
@@ -48,8 +49,8 @@ normal = jax.nn.initializers.normal(0.02)
 class Context(NamedTuple):
     """Keys and values of the text and of the images for every block; the image's are None for t2v.
 
-    Shapes `[layers, b, n, l, d]`, as the kernels take them: another order XLA copies at every step. Inside
-    a block without the layer axis.
+    Shapes `[layers, b, l, e]`, as the projections make them and the kernels take them. Inside a block without the
+    layer axis.
     """
 
     k: jax.Array
@@ -84,7 +85,9 @@ class DiT(nnx.Module):
 
         def make(rngs: nnx.Rngs, is_quantized: bool) -> Block:
             block = Block(c, rngs)
-            return quantized(block, c.quantize) if is_quantized and c.quantize != "off" else block
+            if is_quantized and c.quantize != "off":
+                return quantized(block, c.quantize, c.channel_scales, c.weight_only)
+            return block
 
         stacks = [stack(partial(make, is_quantized=kind), stop - first, rngs) for first, stop, kind in c.stacks]
         self.blocks = stacks[0] if len(stacks) == 1 else nnx.List(stacks)
@@ -132,7 +135,7 @@ class DiT(nnx.Module):
         """Velocity of `latents`.
 
         Args:
-          latents: noise and control branch `[b, f, h, w, in_channels]`; h and w divisible by the patch.
+          latents: noise and image condition `[b, f, h, w, in_channels]`; h and w divisible by the patch.
           timestep: `[b]`, in [0, 1000]; the official sampler truncates it to an integer first.
           context: what `context()` returned.
           remat: for training, see `rematerialised`.
@@ -189,7 +192,9 @@ def map_over_batch(run: Callable[..., jax.Array], x: jax.Array, modulation: jax.
         return run(x, modulation, context)
     modulation = jnp.broadcast_to(modulation, (b, *modulation.shape[1:]))
     samples = jax.tree.map(partial(split_batch, parts=b), (x, modulation, context))  # [b, 1, ..]
-    return constrain(jax.lax.map(lambda sample: run(*sample), samples)[:, 0], "batch", "tokens", None)  # [b, l, e]
+    results = jax.lax.map(lambda sample: run(*sample), samples)  # [b, 1, l, e]
+    # No axis that goes may carry a mesh's: its gradient would come back without.
+    return constrain(constrain(results, None, None, "tokens", None)[:, 0], "batch", "tokens", None)  # [b, l, e]
 
 
 class Block(nnx.Module):
@@ -209,30 +214,21 @@ class Block(nnx.Module):
         m = gather(self.modulation[...])[None] + modulation  # [b, 6, e]
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.split(m, 6, axis=1)  # [b, 1, e] each
 
+        cross = (gather(w[...])[None, None] for w in (self.norm_cross.scale, self.norm_cross.bias))  # [1, 1, e] each
         y = self.self_attention(modulate(x, shift_attn, scale_attn, self.eps), rotation)
-        x = add_gated(x, y, gate_attn)
-        x = x + self.cross_attention(self.norm_cross(x), context)
-        y = self.ffn(modulate(x, shift_ffn, scale_ffn, self.eps), jax.nn.gelu)
-        return add_gated(x, y, gate_ffn)
+        x, y = per_token(partial(norms.gated_layer_norm, eps=self.norm_cross.eps), x, y, gate_attn, *cross)
+        y = self.cross_attention(y, context)
+        x, y = per_token(partial(norms.added_layer_norm, eps=self.eps), x, y, 1 + scale_ffn, shift_ffn)
+        return add_gated(x, self.ffn(y, jax.nn.gelu), gate_ffn)
 
 
-def quantized(block: Block, format: Format) -> Block:
-    """`block` itself, its matrices quantised."""
+def quantized(block: Block, format: Format, channel_scales: bool = False, weight_only: bool = False) -> Block:
+    """`block` itself, its matrices quantised, with one scale or one for each output."""
     for part in (block.self_attention, block.cross_attention, block.ffn):
         for name, layer in list(vars(part).items()):
             if isinstance(layer, Linear):
-                setattr(part, name, QuantizedLinear(layer, format))
+                setattr(part, name, QuantizedLinear(layer, format, channel_scales, weight_only))
     return block
-
-
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Layer norm without parameters, then scale and shift; float32 inside, returned in the dtype of `x`."""
-    return (normalize(x, eps) * (1 + scale) + shift).astype(x.dtype)
-
-
-def add_gated(x: jax.Array, y: jax.Array, gate: jax.Array) -> jax.Array:
-    """`x + gate * y`, summed in float32 because the gate is float32."""
-    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)
 
 
 class SelfAttention(nnx.Module):
@@ -249,10 +245,19 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, rotation: Rotation) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`."""
-        q = rotate(split_heads(self.norm_q(self.q(x)), self.num_heads), rotation)  # [b, l, n, d]
-        k = rotate(split_heads(self.norm_k(self.k(x)), self.num_heads), rotation)
-        v = split_heads(self.v(x), self.num_heads)
-        return self.o(sequence_attention(q, k, v, rotation.length, self.choice).reshape(x.shape))  # [b, l, e]
+        check_heads(self.num_heads, current_shape().ulysses)
+        parts = current_shape().ulysses
+        q, k, v = apply_all((self.q, self.k, self.v), x, written=(1, 1, parts))  # [b, l, e]
+        q, k = normalize_and_rotate(q, self.norm_q, rotation), normalize_and_rotate(k, self.norm_k, rotation)
+        q, k, v = (split_heads(y, self.num_heads) for y in (q, k, v))  # [b, l, n, d]
+        y = sequence_attention(q, k, v, rotation.length, self.choice).reshape(x.shape)  # [b, l, e]
+        return self.o(y, read=parts)
+
+
+def normalize_and_rotate(x: jax.Array, norm: RMSNorm, rotation: Rotation) -> jax.Array:
+    """Queries or keys `[b, l, e]`: `norm` of all channels, then every head rotated."""
+    run = partial(norms.rms_norm_rotate, eps=norm.eps, parts=current_shape().ulysses)
+    return per_token(run, x, gather(norm.scale[...]), rotation.cos, rotation.sin)
 
 
 class CrossAttention(nnx.Module):
@@ -271,20 +276,17 @@ class CrossAttention(nnx.Module):
 
     def context(self, text: jax.Array, image: jax.Array | None) -> Context:
         """Keys and values of text tokens `[b, text_len, e]` and image tokens `[b, l, e]`."""
-        k = split_heads(self.norm_k(self.k(text)), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
-        v = split_heads(self.v(text), self.num_heads).swapaxes(1, 2)  # [b, n, text_len, d]
+        k, v = self.norm_k(self.k(text)), self.v(text)  # [b, text_len, e]
         if image is None or self.k_image is None or self.v_image is None or self.norm_k_image is None:
             return Context(k, v, None, None)
-        k_image = split_heads(self.norm_k_image(self.k_image(image)), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
-        v_image = split_heads(self.v_image(image), self.num_heads).swapaxes(1, 2)  # [b, n, l, d]
-        return Context(k, v, k_image, v_image)
+        return Context(k, v, self.norm_k_image(self.k_image(image)), self.v_image(image))
 
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """`[b, l, e]` -> `[b, l, e]`; `context` without its layer axis."""
-        q = split_heads(self.norm_q(self.q(x)), self.num_heads)  # [b, l, n, d]
-        y = local_attention(q, context.k.swapaxes(1, 2), context.v.swapaxes(1, 2))  # [b, l, n, d]
-        if context.k_image is not None and context.v_image is not None:
-            y = y + local_attention(q, context.k_image.swapaxes(1, 2), context.v_image.swapaxes(1, 2))
+        heads = partial(split_heads, num_heads=self.num_heads)  # [b, l, e] -> [b, l, n, d]
+        norm = partial(norms.rms_norm, eps=self.norm_q.eps)
+        q = heads(per_token(norm, self.q(x), gather(self.norm_q.scale[...])))
+        y = local_attention(q, *(heads(x) for x in context if x is not None))
         return self.o(y.reshape(x.shape))  # [b, l, e]
 
 
@@ -296,107 +298,3 @@ def projection(config: DiTConfig, rngs: nnx.Rngs, axes: tuple[str, str] = ("embe
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
     """`[b, l, e]` -> `[b, l, n, d]`."""
     return x.reshape(*x.shape[:2], num_heads, -1)
-
-
-class MLP(nnx.Module):
-    """Two linear layers with an activation between them. GELU is the tanh form, as `jax.nn.gelu` defaults to."""
-
-    def __init__(self, in_dim: int, hidden: int, out_dim: int, rngs: nnx.Rngs, *, param_dtype, init=xavier):
-        self.fc_in = Linear(in_dim, hidden, rngs, axes=("embed", "mlp"), param_dtype=param_dtype, init=init)
-        self.fc_out = Linear(hidden, out_dim, rngs, axes=("mlp", "embed"), param_dtype=param_dtype, init=init)
-
-    def __call__(self, x: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """`[.., in_dim]` -> `[.., out_dim]`."""
-        return self.fc_out(activation(self.fc_in(x)))
-
-
-class ImageEmbedding(nnx.Module):
-    """CLIP features of the given frames to image tokens. Exact GELU; layer norms with eps 1e-5."""
-
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        c, width = config, config.image_dim
-        assert width is not None
-        self.norm_in = LayerNorm(width, 1e-5)
-        self.fc_in = Linear(width, width, rngs, axes=("embed", "mlp"), param_dtype=c.param_dtype)
-        self.fc_out = Linear(width, c.dim, rngs, axes=("mlp", "embed"), param_dtype=c.param_dtype)
-        self.norm_out = LayerNorm(c.dim, 1e-5)
-        positions = jnp.zeros((c.image_positions, width), jnp.float32)
-        self.positions = nnx.Param(positions, axes=(None, "embed")) if c.image_positions else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[b, l, image_dim]` -> `[b, l, e]`; one frame alone takes the first half of the positions."""
-        if self.positions is not None:
-            x = x + gather(self.positions[...])[None, : x.shape[1]].astype(x.dtype)
-        x = jax.nn.gelu(self.fc_in(self.norm_in(x)), approximate=False)
-        return self.norm_out(self.fc_out(x))  # [b, l, e]
-
-
-class PatchEmbedding(nnx.Module):
-    """Non-overlapping patches to tokens: upstream's convolution whose stride is its kernel, as a matrix product."""
-
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        c = config
-        fan_in = int(np.prod(c.patch_size)) * c.in_channels
-        kernel = xavier(rngs.params(), (fan_in, c.dim), c.param_dtype).reshape(*c.patch_size, c.in_channels, c.dim)
-        self.kernel = nnx.Param(kernel, axes=(None, None, None, None, "embed"))
-        self.bias = nnx.Param(jnp.zeros((c.dim,), c.param_dtype), axes=("embed",))
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, tuple[int, int, int]]:
-        """`[b, f, h, w, c]` -> tokens `[b, l, e]` in (f, h, w) order, and the grid of patches.
-
-        Zero tokens are added until the mesh divides them; attention masks them.
-        """
-        kernel = self.kernel[...].astype(x.dtype)
-        x, grid = patchify(x, kernel.shape[:3])  # [b, l, pt * ph * pw * c]
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % current_shape().sequence), (0, 0)))  # [b, l, ..]
-        x = constrain(x, "batch", "tokens", None)
-        kernel = gather(kernel.reshape(-1, kernel.shape[-1]), x)  # [pt * ph * pw * c, e]
-        return x @ kernel + gather(self.bias[...].astype(x.dtype)), grid  # [b, l, e]
-
-
-class Head(nnx.Module):
-    """Tokens to patches of velocity, modulated by the time embedding itself (not its projection)."""
-
-    def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
-        c = config
-        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, c.dim)) / c.dim**0.5, axes=(None, "embed"))
-        out_dim = int(np.prod(c.patch_size)) * c.out_channels
-        self.linear = Linear(c.dim, out_dim, rngs, axes=("embed", None), param_dtype=c.param_dtype, init=zeros)
-        self.eps = c.eps
-
-    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-        """`x` `[b, l, e]`, `time` float32 `[b, e]` -> `[b, l, pt * ph * pw * c]`, float32."""
-        shift, scale = jnp.split(gather(self.modulation[...])[None] + time[:, None], 2, axis=1)  # [b, 1, e]
-        return self.linear(modulate(x, shift, scale, self.eps)).astype(jnp.float32)  # solvers work in float32
-
-
-def patchify(x: jax.Array, patch: tuple[int, ...]) -> tuple[jax.Array, tuple[int, int, int]]:
-    """`[b, f, h, w, c]` -> `[b, l, pt * ph * pw * c]` in (f, h, w) order, and the grid of patches."""
-    b, c, (pt, ph, pw) = x.shape[0], x.shape[-1], patch
-    f, h, w = grid = (x.shape[1] // pt, x.shape[2] // ph, x.shape[3] // pw)
-    x = reshape(x, (b, f, pt, h, ph, w, pw, c)).transpose(0, 1, 3, 5, 2, 4, 6, 7)  # [b, f, h, w, pt, ph, pw, c]
-    return reshape(x, (b, f * h * w, pt * ph * pw * c)), grid  # [b, l, ..]
-
-
-def unpatchify(x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, ...]) -> jax.Array:
-    """`[b, l, pt * ph * pw * c]` -> `[b, f, h, w, c]`."""
-    b, (f, h, w), (pt, ph, pw) = x.shape[0], grid, patch
-    c = x.shape[-1] // (pt * ph * pw)
-    x = reshape(x, (b, f, h, w, pt, ph, pw, c)).transpose(0, 1, 4, 2, 5, 3, 6, 7)  # [b, f, pt, h, ph, w, pw, c]
-    return reshape(x, (b, f * pt, h * ph, w * pw, c))  # [b, f, h, w, c]
-
-
-def timestep_features(timestep: jax.Array, dim: int) -> jax.Array:
-    """Cosines, then sines, of the timestep at `dim / 2` frequencies: `[b]` -> `[b, dim]`, float32.
-
-    The reference uses float64. Here the frequency, in turns, is split so that its product with the timestep's integer
-    part is exact in float32; dropping whole turns then leaves an angle that is good to 1e-6.
-    """
-    turns = 10000.0 ** -(np.arange(dim // 2) / (dim // 2)) / (2 * np.pi)
-    high = np.round(turns * 2.0**16) / 2.0**16  # 14 bits at most, and 10 for the integer part: 24 in all
-    timestep = timestep.astype(jnp.float32)[:, None]  # [b, 1]
-    whole = jnp.floor(timestep)
-    exact = whole * high.astype(np.float32)[None]  # [b, dim / 2]
-    rest = (timestep - whole) * high.astype(np.float32)[None] + timestep * (turns - high).astype(np.float32)[None]
-    angle = 2 * np.pi * (exact - jnp.floor(exact) + rest)
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)  # [b, dim]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.rules import constrain
+from wanjax.ops import norms
 
 THETA = 10000.0
 
@@ -59,19 +60,5 @@ def make_rotation(grid: tuple[int, int, int], head_dim: int, padded: int) -> Rot
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Rotate `x` `[b, l, n, d]`; float32 inside, returned in the dtype of `x`.
-
-    The partner of each channel comes from a product with a constant matrix of 0, 1 and -1, which is exact. On TPUs the
-    rolls, strided slices or `[.., d/2, 2]` reshapes that also give it break the 128 lanes: XLA then stores every piece
-    of it, padded to the size of `x`, or does not compile at all.
-    """
-    pairs = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])  # [d, d]: (x0, x1) -> (-x1, x0)
-    partner = jax.lax.dot_general(
-        x,
-        jnp.asarray(pairs, x.dtype),
-        (((x.ndim - 1,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,  # or accelerators round float32 to bf16
-        preferred_element_type=x.dtype,
-    )  # [b, l, n, d]
-    cos, sin = (table[None, :, None, :] for table in (rotation.cos, rotation.sin))  # [1, l, 1, d]
-    return (x.astype(jnp.float32) * cos + partner.astype(jnp.float32) * sin).astype(x.dtype)
+    """Rotate `x` `[b, l, n, d]`; float32 inside, returned in the dtype of `x`."""
+    return norms.rotate(x, rotation.cos, rotation.sin)

@@ -6,7 +6,9 @@ with which `sharding.ring` attends to a sequence that no device holds as a whole
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,23 @@ from jax.typing import DTypeLike
 
 from wanjax.config import Attention
 from wanjax.errors import InputError
-from wanjax.ops.kernels import LOWEST, Forward, Gradients, Kernel, cudnn, flash_tpu, int8fp8, int8fp8_gpu, int8fp8_tpu
+from wanjax.ops.kernels import (
+    LOWEST,
+    Forward,
+    Gradients,
+    Kernel,
+    cross_tpu,
+    cudnn,
+    flash_tpu,
+    int8fp8,
+    int8fp8_gpu,
+    int8fp8_tpu,
+)
 
 # Small enough for the chunk's scores to stay in the cache, large enough for matrix products at full speed.
 QUERY_CHUNK = 256
+SMALL_SCORES = 2**14
+"""Scores of a head: up to here a loop over heads costs a CPU more than what it does for each."""
 
 
 @jax.custom_vjp
@@ -45,12 +60,43 @@ def attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Arr
 def attention_backward(saved: tuple[jax.Array, ...], dout: jax.Array) -> Gradients:
     """Gradients of q, k and v."""
     q, k, v, out, lse = saved
-    delta = row_products(out, dout).swapaxes(1, 2)  # [b, n, lq]
+    delta = softmax_delta(out, dout).swapaxes(1, 2)  # [b, n, lq]
     dq, dk, dv = kernel().backward(swap(q), swap(k), swap(v), None, lse, delta, swap(dout))
     return swap(dq).astype(q.dtype), swap(dk).astype(k.dtype), swap(dv).astype(v.dtype)  # as custom_vjp demands
 
 
 attention.defvjp(attention_forward, attention_backward)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def summed_attention(q: jax.Array, *keys_and_values: jax.Array) -> jax.Array:
+    """The sum of attention to several sequences with the same queries, each with its own softmax.
+
+    Args:
+      q: queries `[b, lq, n, d]`.
+      keys_and_values: `[b, lk, n, d]`, keys and values of one sequence after the other.
+
+    Returns:
+      `[b, lq, n, d]` in the dtype of `q`.
+    """
+    if not cross_tpu.supports(q, *keys_and_values[::2]):
+        return _summed_attention(q, *keys_and_values)
+    return _summed_on_tpus(q, *keys_and_values)
+
+
+def _summed_attention(q: jax.Array, *keys_and_values: jax.Array) -> jax.Array:
+    parts = [attention(q, k, v) for k, v in zip(keys_and_values[::2], keys_and_values[1::2], strict=True)]
+    return functools.reduce(jnp.add, parts)
+
+
+@jax.custom_vjp
+def _summed_on_tpus(q: jax.Array, *keys_and_values: jax.Array) -> jax.Array:
+    """One kernel on TPUs where no gradient is wanted, which would need what that kernel does not keep."""
+    return jax.lax.platform_dependent(q, *keys_and_values, tpu=cross_tpu.forward, default=_summed_attention)
+
+
+_summed_on_tpus.defvjp(  # pyright: ignore[reportFunctionMemberAccess]
+    lambda *args: jax.vjp(_summed_attention, *args), lambda vjp, dout: vjp(dout)
+)
 
 
 def kernel(choice: Attention = "auto") -> Kernel:
@@ -114,36 +160,37 @@ def check_choice(choice: Attention, dtype: DTypeLike, platform: str) -> None:
 
 
 def reference_forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
-    """A kernel's `forward`, exact, for one head and one chunk of queries at a time.
+    """A kernel's `forward`, exact, for one head and one chunk of queries at a time, or all heads where scores are few.
 
     The scores in memory are `[chunk, lk]`, which stay in a CPU's cache; XLA would write all of `[b, n, lq, lk]`.
     """
     b, n, length, d = q.shape
+    each_head = _each_head(q, k)
     q = to_chunks(scaled(q))  # [b * n, chunks, chunk, d]
     k = k.swapaxes(2, 3).reshape(b * n, d, -1)  # [b * n, d, lk]
     v = v.reshape(b * n, -1, d)  # [b * n, lk, d]
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> Forward:
         scores = masked(jnp.matmul(q, k, preferred_element_type=jnp.float32), valid)  # [chunk, lk]
-        highest = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)  # [chunk]
-        weights = jnp.exp(scores - highest[:, None])
-        total = jnp.sum(weights, axis=-1)  # [chunk]
+        row_max = jnp.maximum(jnp.max(scores, axis=-1), LOWEST)  # [chunk]
+        weights = jnp.exp(scores - row_max[:, None])
+        row_sum = jnp.sum(weights, axis=-1)  # [chunk]
         out = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)  # [chunk, d]
-        total = jnp.where(total == 0, 1, total)  # no valid key
-        return (out / total[:, None]).astype(dtype), highest + jnp.log(total)
+        row_sum = jnp.where(row_sum == 0, 1, row_sum)  # no valid key
+        return (out / row_sum[:, None]).astype(dtype), row_max + jnp.log(row_sum)
 
     def attend_head(head: tuple[jax.Array, jax.Array, jax.Array]) -> Forward:
         q, k, v = head
         return jax.lax.map(lambda q: attend(q, k, v), q)  # [chunks, chunk, d], [chunks, chunk]
 
-    out, lse = jax.lax.map(attend_head, (q, k, v))
+    out, lse = each_head(attend_head, (q, k, v))
     return out.reshape(b, n, -1, d)[:, :, :length], lse.reshape(b, n, -1)[:, :, :length]
 
 
 def reference_backward(q, k, v, valid, lse, delta, dout) -> Gradients:
     """A kernel's `backward`, with the scores of one head and one chunk of queries at a time made again."""
     b, n, length, d = q.shape
-    lk = k.shape[2]
+    lk, each_head = k.shape[2], _each_head(q, k)
     rows = tuple(map(to_chunks, (scaled(q), lse[..., None], delta[..., None], dout)))  # [b * n, chunks, chunk, ..]
     k, v = (x.reshape(b * n, lk, d) for x in (k, v))  # [b * n, lk, d]
 
@@ -164,8 +211,15 @@ def reference_backward(q, k, v, valid, lse, delta, dout) -> Gradients:
         (dk, dv), dq = jax.lax.scan(lambda sums, rows: step(k, k.T, v.T, sums, rows), (zeros, zeros), rows)
         return dq, dk.T, dv.T  # [chunks, chunk, d], [lk, d], [lk, d]
 
-    dq, dk, dv = jax.lax.map(differentiate_head, (rows, k, v))
+    dq, dk, dv = each_head(differentiate_head, (rows, k, v))
     return dq.reshape(b, n, -1, d)[:, :, :length], dk.reshape(b, n, lk, d), dv.reshape(b, n, lk, d)
+
+
+def _each_head(q: jax.Array, k: jax.Array) -> Callable[[Callable[[Any], Any], Any], Any]:
+    """How to run a function for each head of `[b, n, l, d]`: as `jax.lax.map` does, or all together."""
+    if q.shape[2] * k.shape[2] > SMALL_SCORES:
+        return jax.lax.map
+    return lambda function, heads: jax.vmap(function)(heads)
 
 
 def scaled(q: jax.Array) -> jax.Array:
@@ -185,7 +239,7 @@ def masked(scores: jax.Array, valid: jax.Array | None) -> jax.Array:
     return scores if valid is None else jnp.where(jnp.arange(scores.shape[-1]) < valid, scores, -jnp.inf)
 
 
-def row_products(x: jax.Array, y: jax.Array) -> jax.Array:
+def softmax_delta(x: jax.Array, y: jax.Array) -> jax.Array:
     """`sum(x * y)` over the last axis, float32: it is subtracted from numbers of its own size."""
     return jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32), axis=-1)
 

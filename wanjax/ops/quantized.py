@@ -38,13 +38,17 @@ def scale_of(top: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.where(top > 0, top / largest(dtype), 1.0)
 
 
-def quantize_weight(kernel: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:
-    """A kernel in 8 bits with one scale, of `CUTS` the one with the smallest sum of squared errors.
+def quantize_weight(kernel: jax.Array, format: Format, channel_scales: bool = False) -> tuple[jax.Array, jax.Array]:
+    """A kernel in 8 bits with one scale, of `CUTS` the one with the smallest sum of squared errors; or with
+    `channel_scales`, one for each output, by which its largest weight becomes the largest number.
 
     Returns:
-      The kernel in the format's dtype, and a float32 scalar: their product is about `kernel`.
+      The kernel in the format's dtype, and a float32 scalar or `[out]`: their product is about `kernel`.
     """
     dtype, kernel = DTYPES[format], kernel.astype(jnp.float32)  # a scale in bf16 is off by up to 0.4%
+    if channel_scales:
+        scale = scale_of(jnp.max(jnp.abs(kernel), axis=0), dtype)  # [out]
+        return round_to(kernel / scale, dtype), scale
     scales = scale_of(jnp.max(jnp.abs(kernel)) * jnp.asarray(CUTS[format]), dtype)
 
     def error(scale: jax.Array) -> jax.Array:
@@ -60,7 +64,7 @@ def matmul(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
 
     Args:
       x: `[.., in]`.
-      kernel, scale: from `quantize_weight`, `[in, out]` and `[]`.
+      kernel, scale: from `quantize_weight`, `[in, out]` and `[]` or `[out]`.
 
     Returns:
       `[.., out]`, float32.
@@ -75,7 +79,7 @@ def _matmul(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
     last, x = x.ndim - 1, x.astype(jnp.float32)
     row_scale = scale_of(jnp.max(jnp.abs(x), axis=-1, keepdims=True), kernel.dtype)  # [.., 1]
     rows = qwix.QArray(round_to(x / row_scale, kernel.dtype), row_scale)
-    return qwix.dot_general(rows, qwix.QArray(kernel, scale.reshape(1, 1)), (((last,), (0,)), ((), ())))  # [.., out]
+    return qwix.dot_general(rows, qwix.QArray(kernel, scale.reshape(1, -1)), (((last,), (0,)), ((), ())))  # [.., out]
 
 
 def _forward(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> tuple[jax.Array, None]:

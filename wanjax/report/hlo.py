@@ -1,5 +1,10 @@
 """What a compiled program costs, read off XLA's own text: memory, collectives, operations.
 
+Operations are those that one device carries out: also what is computed again to save memory and what several devices
+all do, but nothing inside of Pallas kernels, which XLA does not see. `wanjax.training.speed` counts before compiling:
+the model's own operations, each once, attention's among them. Utilisation is told from those, a compiler's work from
+these; neither can be had from the other.
+
     mesh = topology_mesh("v6e:2x4", "data=2,ulysses=4")
     with jax.set_mesh(mesh):
         program = read(jax.jit(f).lower(*shapes).compile(compiler_options=TPU_OPTIONS))
@@ -25,7 +30,7 @@ class Collective(NamedTuple):
     kind: of `KINDS`.
     bytes: of its payload on one device and for one execution: what it returns, or for a reduce-scatter what it takes.
     times: executions in a run of the program; loops of unknown length count once.
-    asynchronous: whether something else is computed meanwhile.
+    asynchronous: whether something else is computed meanwhile (overlapped; else the communication is exposed).
     operation: where it is in the model, as JAX names it.
     """
 
@@ -70,7 +75,10 @@ def read(compiled: Any) -> Program:
     text = compiled.as_text()
     # A backend without a schedule does not report a peak.
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or total - memory.alias_size_in_bytes
+    total -= memory.alias_size_in_bytes
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or total
+    if getattr(memory, "host_temp_size_in_bytes", 0):  # what waits in the host's memory is in libtpu's peak, too
+        peak = min(peak, total)
     computations = parse(text)
     return Program(peak, memory.argument_size_in_bytes, flops(computations), tuple(collectives(computations)))
 
@@ -79,7 +87,7 @@ def parse(text: str) -> dict[str, list[Instruction]]:
     """The instructions of every computation; that of the entry is also called ENTRY."""
     computations: dict[str, list[Instruction]] = {}
     body: list[Instruction] = []
-    for line in text.splitlines():
+    for line in whole_instructions(text):
         if head := re.match(r"(ENTRY )?%?(\S+) \(.*\{$", line):
             body = computations[head[2]] = []
             if head[1]:
@@ -87,6 +95,22 @@ def parse(text: str) -> dict[str, list[Instruction]]:
         elif found := re.match(r"\s+(?:ROOT )?%?(\S+) = (.*?[\])}]) ([a-z][a-z0-9-]*)\(", line):
             body.append(Instruction(found[1], found[2], found[3], line))
     return computations
+
+
+def whole_instructions(text: str) -> Iterator[str]:
+    """The lines of a text, those of an instruction that spans several put together."""
+    begun = ""
+    for line in text.splitlines():
+        if begun and line.strip() and not re.match(r"\s+(ROOT )?%?\S+ = |\}|(ENTRY )?%?\S+ \(.*\{$", line):
+            begun += " " + line.strip()
+            continue
+        if begun:
+            yield begun
+        begun = line if re.match(r"\s+(ROOT )?%?\S+ = ", line) else ""
+        if not begun:
+            yield line
+    if begun:
+        yield begun
 
 
 def walk(computations: dict[str, list[Instruction]], name: str = "ENTRY", times: int = 1) -> Iterator[tuple]:
@@ -139,8 +163,9 @@ def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collecti
     kernels = {name: " ".join(i.line for i in body if i.opcode == "custom-call") for name, body in computations.items()}
     fused = {name for name, text in kernels.items() if "AsyncCollectiveStart" in text}
     begun = {channel(i.line) for name in fused for i in computations[name] if i.opcode in KINDS}
-    starts = [(i, body) for body in computations.values() for i in body if i.opcode == "async-start" and busy(i, body)]
-    wrapped = {name for i, _ in starts for name in re.findall(r"calls=%?([^\s,}]+)", i.line)}
+    wrappers = ("async-start", "call-start")  # the latter where another core than the one that computes does it
+    starts = [(i, body) for body in computations.values() for i in body if i.opcode in wrappers and overlapped(i, body)]
+    wrapped = {name for i, _ in starts for name in re.findall(r"(?:calls|to_apply)=%?([^\s,}]+)", i.line)}
     plain = called_by_fusions(computations)
     for i, times, name in walk(computations):
         kind = i.opcode.removesuffix("-start")
@@ -154,7 +179,7 @@ def collectives(computations: dict[str, list[Instruction]]) -> Iterator[Collecti
         elif kind == "all-reduce" and name in plain and sliced(i, computations[name]):
             kind = "reduce-scatter"
         operation = re.search(r'op_name="([^"]*)"', i.line)
-        asynchronous = name in fused | wrapped or (started and busy(i, computations[name]))
+        asynchronous = name in fused | wrapped or (started and overlapped(i, computations[name]))
         yield Collective(kind, int(result), times, asynchronous, operation[1] if operation else "")
 
 
@@ -163,8 +188,9 @@ def done(start: Instruction, body: list[Instruction]) -> Instruction:
     return next(i for i in body if i.opcode.endswith("-done") and start.name in operands(i.line))
 
 
-def busy(start: Instruction, body: list[Instruction]) -> bool:
-    """Whether something is computed between a start and its done, in the order of the text, which is the schedule's."""
+def overlapped(start: Instruction, body: list[Instruction]) -> bool:
+    """Whether something is computed between a start and its done, in the order of the text, which is the schedule's;
+    what is not overlapped is exposed."""
     between = body[body.index(start) : body.index(done(start, body))]
     return any(i.opcode in ("fusion", "custom-call", "dot", "convolution", "while", "call") for i in between)
 
@@ -182,7 +208,10 @@ def called_by_fusions(computations: dict[str, list[Instruction]]) -> set[str]:
 
 
 def flops(computations: dict[str, list[Instruction]]) -> int:
-    """Operations of the matrix products of a run; a TPU's are written as convolutions."""
+    """Operations of the matrix products that a device executes in a run; a TPU writes them as convolutions.
+
+    `wanjax.training.speed.operations` counts what the model needs instead, for utilisation.
+    """
     total = 0
     for i, times, name in walk(computations):
         if i.opcode not in ("dot", "convolution"):

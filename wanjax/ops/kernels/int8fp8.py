@@ -63,12 +63,12 @@ def prepare(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array | None, v
     k = jnp.where(counts, k - mean, 0)
     shift = jnp.sum(q * mean, axis=-1) * d**-0.5  # [b * n, lq]
 
-    turn = jnp.asarray(rotation(d))
-    q, k = (jnp.matmul(x, turn, precision="highest") for x in (q, k))
+    rotation_matrix = jnp.asarray(rotation(d))
+    q, k = (jnp.matmul(x, rotation_matrix, precision="highest") for x in (q, k))
     q_scale = scale_of(jnp.max(jnp.abs(q), axis=-1), jnp.int8)  # [b * n, lq]
     k, v = (jnp.pad(x, ((0, 0), (0, units * UNIT_KEYS - lk), (0, 0))) for x in (k, v))
-    tops = jnp.max(jnp.abs(k).reshape(-1, units, UNIT_KEYS * d), axis=-1)  # [b * n, units]
-    k_scale = scale_of(tops, jnp.int8)
+    unit_max = jnp.max(jnp.abs(k).reshape(-1, units, UNIT_KEYS * d), axis=-1)  # [b * n, units]
+    k_scale = scale_of(unit_max, jnp.int8)
     v_scale = jnp.ones((len(v), d), jnp.float32)
     if values == "fp8":
         v_scale = scale_of(jnp.max(jnp.abs(v), axis=1), VALUE_DTYPES[values])  # [b * n, d]
@@ -110,15 +110,15 @@ def forward(q, k, v, valid, dtype: DTypeLike, *, values: Values = "fp8", keys: i
         length, d = head.q.shape
 
         def step(carry: tuple[jax.Array, ...], unit: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
-            out, top, total = carry
+            out, row_max, row_sum = carry
             k, k_scale, v, start = unit
             scores = dot(head.q, k, (1, 1)).astype(jnp.float32) * (head.q_scale * k_scale)[:, None]  # [lq, keys]
             scores = jnp.where(start + jnp.arange(keys) < operands.valid, scores, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))  # [lq]
-            weights = jnp.exp2(scores - (new_top - SHIFT)[:, None])
-            shrink = jnp.exp2(top - new_top)
+            new_max = jnp.maximum(row_max, jnp.max(scores, axis=-1))  # [lq]
+            weights = jnp.exp2(scores - (new_max - SHIFT)[:, None])
+            rescale = jnp.exp2(row_max - new_max)
             added = dot(weights.astype(v.dtype), v, (1, 0))  # [lq, d]
-            return (shrink[:, None] * out + added, new_top, shrink * total + jnp.sum(weights, axis=-1)), None
+            return (rescale[:, None] * out + added, new_max, rescale * row_sum + jnp.sum(weights, axis=-1)), None
 
         units = (
             head.k.reshape(-1, keys, d),
@@ -127,10 +127,10 @@ def forward(q, k, v, valid, dtype: DTypeLike, *, values: Values = "fp8", keys: i
             jnp.arange(0, len(head.k), keys),
         )
         start = jnp.zeros((length, d)), jnp.full((length,), LOWEST * LOG2E), jnp.zeros(length)
-        (out, top, total), _ = jax.lax.scan(step, start, units)
-        total = jnp.where(total == 0, 1, total)  # no valid key
-        out = (out / total[:, None] * head.v_scale).astype(dtype)
-        return out, (top - SHIFT + jnp.log2(total)) / LOG2E + head.shift
+        (out, row_max, row_sum), _ = jax.lax.scan(step, start, units)
+        row_sum = jnp.where(row_sum == 0, 1, row_sum)  # no valid key
+        out = (out / row_sum[:, None] * head.v_scale).astype(dtype)
+        return out, (row_max - SHIFT + jnp.log2(row_sum)) / LOG2E + head.shift
 
     heads = operands._replace(valid=jnp.zeros(len(operands.q)))
     out, lse = jax.lax.map(attend, heads)

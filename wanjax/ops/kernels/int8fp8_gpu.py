@@ -41,25 +41,25 @@ def int8fp8_forward(valid_ref, q_ref, q_scale_ref, k_ref, k_scale_ref, v_ref, v_
     queries, d = q.shape
 
     def step(i: jax.Array, carry: tuple[jax.Array, ...], whole: bool) -> tuple[jax.Array, ...]:
-        out, top, total = carry
+        out, row_max, row_sum = carry
         keys = pl.ds(i * KEYS, KEYS)
         scale = q_scale * k_scale_ref[jax.lax.div(i, UNIT_KEYS // KEYS)]  # [queries]
         scores = dot(q, k_ref[keys, :], (1, 1)).astype(jnp.float32) * scale[:, None]  # [queries, keys]
         if not whole:
             scores = jnp.where(i * KEYS + jnp.arange(KEYS) < valid, scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - (new_top - SHIFT)[:, None])
-        shrink = jnp.exp2(top - new_top)
+        new_max = jnp.maximum(row_max, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - (new_max - SHIFT)[:, None])
+        rescale = jnp.exp2(row_max - new_max)
         added = dot(weights.astype(v_ref.dtype), v_ref[:, keys], (1, 1))  # [queries, d]
-        return shrink[:, None] * out + added, new_top, shrink * total + jnp.sum(weights, axis=1)
+        return rescale[:, None] * out + added, new_max, rescale * row_sum + jnp.sum(weights, axis=1)
 
     start = jnp.zeros((queries, d)), jnp.full((queries,), LOWEST * LOG2E), jnp.zeros(queries)
     whole = jax.lax.div(valid, KEYS)
     carry = jax.lax.fori_loop(0, whole, partial(step, whole=True), start)
-    out, top, total = jax.lax.fori_loop(whole, pl.cdiv(valid, KEYS), partial(step, whole=False), carry)
-    total = jnp.where(total == 0, 1, total)  # no valid key
-    out_ref[...] = (out / total[:, None] * v_scale_ref[...]).astype(out_ref.dtype)
-    lse_ref[...] = (top - SHIFT + jnp.log2(total)) / LOG2E
+    out, row_max, row_sum = jax.lax.fori_loop(whole, pl.cdiv(valid, KEYS), partial(step, whole=False), carry)
+    row_sum = jnp.where(row_sum == 0, 1, row_sum)  # no valid key
+    out_ref[...] = (out / row_sum[:, None] * v_scale_ref[...]).astype(out_ref.dtype)
+    lse_ref[...] = (row_max - SHIFT + jnp.log2(row_sum)) / LOG2E
 
 
 def forward(q, k, v, valid, dtype: DTypeLike) -> Forward:
