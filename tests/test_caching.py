@@ -30,7 +30,8 @@ from wanjax.diffusion import solvers
 from wanjax.diffusion.caching import MAGCACHE_MAX_SKIPS, MAGCACHE_WARMUP_SHARE, Cached, magnitude_schedule
 from wanjax.diffusion.denoise import Guided, denoise, start
 from wanjax.errors import InputError
-from wanjax.models.dit import Context, DiT, unpatchify
+from wanjax.models.dit import Context, DiT
+from wanjax.models.embeddings import unpatchify
 from wanjax.sampling.cache_rules import cfg_start, make_rules, switches
 from wanjax.sampling.calibration import Calibration
 
@@ -47,7 +48,7 @@ class ConstantResidual(DiT):
     """Its blocks add the same to any tokens, another for each branch; tokens, 64 wide, are velocity patches."""
 
     def run_blocks(self, x, tokens, context, remat="none"):
-        return x + context.k[0, :, 0, :1, :1]
+        return x + context.k[0, :, :1, :1]
 
     def velocity(self, x, tokens):
         return unpatchify(x, tokens.grid, self.config.patch_size)
@@ -61,9 +62,9 @@ def run(rules, branches=2, cls=DiT, shape=None, parts=((0, STEPS),), steps=None)
     """Latents and evaluations of a run, by the rules, or plain without any."""
     with on(shape):
         dit = jax.jit(shard_parameters)(random_dit(cls))
-        noise, control, text, image = random_inputs(branches)
+        noise, image_condition, text, image = random_inputs(branches)
         context = jax.jit(DiT.context)(dit, text, image)
-        plain = (dit, context, control, GUIDANCE)
+        plain = (dit, context, image_condition, GUIDANCE)
         predictor = Guided(*plain) if rules is None else Cached(*plain, rules)
         carry = start(predictor, noise)
         for first, stop in parts:
@@ -77,7 +78,7 @@ def reference(cache, every=1, threshold=None):
     `cache`: `[n]` bool, whether the blocks must run; with `threshold`, teacache decides about the others.
     """
     dit = random_dit()
-    noise, control, text, image = random_inputs(2)
+    noise, image_condition, text, image = random_inputs(2)
     context = jax.jit(DiT.context)(dit, text, image)
     parts = DiT.embed, DiT.run_blocks, DiT.modulated_input
     embed, blocks, modulated_input = (jax.jit(part) for part in parts)
@@ -85,7 +86,7 @@ def reference(cache, every=1, threshold=None):
     state, total, count, ran, since = solvers.init(noise), 0.0, 0.0, [], 0
     residual, before, difference = None, None, None
     for i in range(STEPS):
-        tokens = embed(dit, jnp.concatenate([state.sample, control], -1), SCHEDULE.timesteps[i][None])
+        tokens = embed(dit, jnp.concatenate([state.sample, image_condition], -1), SCHEDULE.timesteps[i][None])
         first = np.asarray(modulated_input(dit, tokens), np.float64)
         fresh = bool(cache[i])
         if threshold is not None and before is not None:

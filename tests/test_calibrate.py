@@ -112,15 +112,15 @@ def test_the_error_of_the_restored_branch_is_the_one_measured():
     """What the CFG cache does to the guided velocity, one step after both branches ran."""
     rules = Rules(None, None, None, uncond_interval=np.int32(2), may_skip_uncond=jnp.ones(STEPS, bool))
     dit = random_dit()
-    noise, control, text, image = random_inputs(2)
+    noise, image_condition, text, image = random_inputs(2)
     context, schedule = dit.context(text, image), jax.tree.map(jnp.asarray, SCHEDULE)
 
-    plain = (dit, context, control, GUIDANCE)
+    plain = (dit, context, image_condition, GUIDANCE)
     skips, never = Cached(*plain, rules), Cached(*plain, rules._replace(may_skip_uncond=~rules.may_skip_uncond))
 
     @jax.jit
     def velocities(i, sample, cache):
-        tokens = dit.embed(network_input(sample, control), schedule.timesteps[i][None])
+        tokens = dit.embed(network_input(sample, image_condition), schedule.timesteps[i][None])
         velocity, after = never.branch_velocities(i, tokens, cache)
         restored, _ = skips.branch_velocities(i, tokens, cache)
         return velocity, restored, after
@@ -167,7 +167,7 @@ def test_refused_for_another_run(measured, tmp_path):
     file = other / "transformer/diffusion_pytorch_model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     safetensors.numpy.save_file({name: x * np.float32(1.01) for name, x in tensors.items()}, file)
-    assert calibration.fingerprint(Checkpoint(other)) != calibration.fingerprint(Checkpoint(DIFFUSERS))
+    assert calibration.weights_fingerprint(Checkpoint(other)) != calibration.weights_fingerprint(Checkpoint(DIFFUSERS))
     refused(flags(DIFFUSERS, **RUN, **run, checkpoint=other), ["weights", "measure anew"])
 
 

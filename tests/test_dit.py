@@ -22,7 +22,8 @@ from tiny import (
 )
 
 from wanjax.config import DiTConfig
-from wanjax.models.dit import DiT, timestep_features, unpatchify
+from wanjax.models.dit import DiT
+from wanjax.models.embeddings import timestep_features, unpatchify
 from wanjax.models.rope import axis_dims, make_rotation, rotate
 from wanjax.weights import Checkpoint
 
@@ -160,15 +161,16 @@ def test_long_samples_are_computed_one_after_the_other(monkeypatch, mesh):
     assert apart.as_text().count("stablehlo.while") == together.as_text().count("stablehlo.while") + 1
 
 
-@pytest.mark.parametrize("remat", ["none", "attention"])
-def test_their_gradients_are_the_same(monkeypatch, remat):
+@pytest.mark.parametrize(("remat", "mesh"), [("none", False), ("attention", True)])
+def test_their_gradients_are_the_same(monkeypatch, remat, mesh):
     dit = golden("diffusers", "dit")
     latents, text, image = (np.repeat(x, 2, axis=0) for x in diffusers_inputs())
-    context = dit.context(text, image)
     gradients = []
-    for busy in (1, 4096):
-        monkeypatch.setattr("wanjax.models.dit.SEQUENTIAL_BRANCH_MIN_TOKENS", busy)
-        loss = jax.jit(jax.grad(lambda dit: jnp.sum(dit(latents, np.float32([900, 300]), context, remat) ** 2)))
-        gradients.append(jax.tree.leaves(loss(dit)))
+    with on() if mesh else contextlib.nullcontext():
+        context = dit.context(text, image)
+        for busy in (1, 4096):
+            monkeypatch.setattr("wanjax.models.dit.SEQUENTIAL_BRANCH_MIN_TOKENS", busy)
+            loss = jax.jit(jax.grad(lambda dit: jnp.sum(dit(latents, np.float32([900, 300]), context, remat) ** 2)))
+            gradients.append(jax.tree.leaves(loss(dit)))
     for ours, reference in zip(*gradients, strict=True):
         assert_close(ours, np.asarray(reference))

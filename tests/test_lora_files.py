@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny import OFFICIAL, flags, golden, official_velocity, refused, values
+from tiny import GOLDEN, OFFICIAL, flags, golden, official_velocity, refused, values
 from tiny_adapters import CONFIG, NAMES, OURS, SPELLINGS, assert_close_to, factors, load_files, official, write
 
 import sample_jax
+from wanjax.errors import InputError
 from wanjax.weights import lora
 from wanjax.weights.lora_files import METADATA
 
@@ -60,7 +61,7 @@ def test_differences_in_full(tmp_path):
     for merged in (True, False):
         assert_close_to(load_files(f"{path}:0.5", merged=merged), wanted)
     (file,) = lora.parse([path])
-    assert "adapters of 0 layers, 9 differences in full" in lora.describe(file, CONFIG)
+    assert "adapters of 0 layers, 9 differences in full" in lora.describe_adapters(file, CONFIG)
 
 
 def test_alpha_of_the_metadata_and_biases(tmp_path):
@@ -109,7 +110,7 @@ def test_bfloat16_weights_are_rounded_once(tmp_path):
 
 
 def test_of_a_t2v_network(tmp_path):
-    """Its layers are a part of ours; the patch embedding gets nothing for the control branch's channels."""
+    """Its layers are a part of ours; the patch embedding gets nothing for the image condition's channels."""
     rng = np.random.default_rng(4)
     pairs = factors(names=NAMES[:8] + NAMES[10:])
     down, up = rng.standard_normal((4, 16, 1, 2, 2)), rng.standard_normal((CONFIG.dim, 4, 1, 1, 1))
@@ -121,8 +122,42 @@ def test_of_a_t2v_network(tmp_path):
     wanted["patch_embedding.kernel"][..., :16, :] += product
     assert_close_to(load_files(path), wanted, atol=1e-5)
     (file,) = lora.parse([path])
-    line = lora.describe(file, CONFIG)
+    line = lora.describe_adapters(file, CONFIG)
     assert line == f"{path} at 1: adapters of 31 layers; none for cross_attention.k_image, cross_attention.v_image"
+
+
+@pytest.fixture(scope="module")
+def made():
+    """What PEFT and LyCORIS made of one layer, by method: tensors of a file; PEFT's settings and rows of the weight."""
+    cases = {}
+    with np.load(GOLDEN / "lora.npz") as file:
+        for key, x in file.items():
+            name, _, rest = key.partition("/")
+            case = cases.setdefault(name, ({}, {}))
+            case[rest in ("config", "merged")][rest] = x
+    return cases
+
+
+METHODS = ("peft-lora", "peft-rslora", "peft-dora", "peft-loha", "peft-lokr", "peft-lokr_both", "peft-lokr_full")
+METHODS += ("lycoris-dora", "lycoris-dora_in", "lycoris-loha", "lycoris-lokr", "lycoris-lokr_dora", "lycoris-lokr_full")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_make_the_weights_of_peft_and_lycoris(made, method, tmp_path):
+    tensors, told = made[method]
+    path = write(tmp_path / "adapter_model.safetensors", tensors)
+    if "config" in told:
+        (tmp_path / "adapter_config.json").write_text(str(told["config"]))
+    base = values(golden("official", "dit"))["blocks.ffn.fc_in.kernel"]
+    whole = values(load_files(path))["blocks.ffn.fc_in.kernel"]
+    rows = told["merged"]
+    assert np.abs(whole[1].T[: len(rows)] - rows).max() <= 1e-5 * np.abs(rows).max()
+    np.testing.assert_array_equal(whole[[0, 2]], base[[0, 2]])
+    half = values(load_files(f"{path}:0.5", merged=False))
+    if "blocks.ffn.fc_in.lora.a" not in half:  # what cannot stay beside: half of the way, also of a magnitude
+        np.testing.assert_allclose(half["blocks.ffn.fc_in.kernel"][1], (base[1] + whole[1]) / 2, atol=2e-6)
+    (file,) = lora.parse([path])
+    assert "adapters of 1 layers; none for" in lora.describe_adapters(file, CONFIG)
 
 
 def one(**parts):
@@ -133,7 +168,7 @@ A, B = np.zeros((2, 128), np.float32), np.zeros((160, 2), np.float32)
 REFUSED = {
     "empty": ({}, ["is empty", "flf2v network of 3 layers of width 128"]),
     "layer": ({"blocks.7.ffn.0.lora_A.weight": A, "blocks.7.ffn.0.lora_B.weight": B}, ["blocks.7.ffn.0.lora_A.weight"]),
-    "key": (one(lora_A__weight=A, lora_B__weight=B, lora_mid__weight=A), ["1 tensor: blocks.0.ffn.0.lora_mid.weight"]),
+    "key": (one(lora_A__weight=A, lora_B__weight=B, what__weight=A), ["1 tensor: blocks.0.ffn.0.what.weight"]),
     "half": (one(lora_A__weight=A), ["lacks 1 tensor: lora_B of blocks.0.ffn.0"]),
     "in": (one(lora_A__weight=A[:, 1:].copy(), lora_B__weight=B), ["given [2, 127], expected [2, 128]"]),
     "out": (one(lora_A__weight=A, lora_B__weight=B[1:].copy()), ["given [159, 2], expected [160, 2]"]),
@@ -142,8 +177,12 @@ REFUSED = {
     "norm": ({"blocks.0.norm3.lora_A.weight": A, "blocks.0.norm3.lora_B.weight": B}, ["blocks.0.norm3.lora_A.weight"]),
     "no bias": ({"blocks.0.self_attn.norm_q.diff_b": A[0]}, ["blocks.0.self_attn.norm_q.diff_b"]),
     "twice": (one(lora_A__weight=A, lora_down__weight=A, lora_B__weight=B), ["both", "remove one"]),
-    "dora": (one(lora_A__weight=A, lora_B__weight=B, dora_scale=A), ["dora_scale", "plain LoRA"]),
-    "lokr": (one(lokr_w1=A, lokr_w2=B), ["lokr_w1", "plain LoRA"]),
+    "magnitude": (one(lora_A__weight=A, lora_B__weight=B, dora_scale=A), ["dora_scale (given [2, 128], expected [160"]),
+    "lokr": (one(lokr_w1=A, lokr_w2=B), ["lokr_w1 (given lokr_w1 [2, 128], lokr_w2 [160, 2], expected factors of"]),
+    "half of lokr": (one(lokr_w1=A), ["lokr_w1 (given lokr_w1 [2, 128], expected factors of [160, 128])"]),
+    "loha": (one(hada_w1_a=B, hada_w1_b=A, hada_w2_a=B, hada_w2_b=A[:1].copy()), ["hada_w1_a (given"]),
+    "tucker": (one(lokr_w1=A, lokr_t2=B), ["lokr_t2; LoRA, DoRA, LoKr and LoHa are accepted, without Tucker's cores"]),
+    "oft": (one(oft_blocks=A), ["oft_blocks; LoRA, DoRA, LoKr and LoHa are accepted"]),
 }
 
 
@@ -161,7 +200,8 @@ def test_bad_arguments(tmp_path):
     path.write_bytes(b"\0" * 20)
     refused(flags(OFFICIAL, lora=path), ["a.safetensors", "not a safetensors file"])
     write(path, official(factors()))
-    refused(flags(OFFICIAL, lora=f"{path}:nan"), ["a finite strength", f"{path}:1"])
+    for strength in ("nan", "1e308", "-inf"):
+        refused(flags(OFFICIAL, lora=f"{path}:{strength}"), ["a strength from -1000 to 1000", f"{path}:1"])
     colon = write(tmp_path / "a:2.safetensors", official(factors()))
     assert lora.parse([colon])[0].strength == 1
     assert lora.parse([f"{colon}:2e-1"])[0].strength == 0.2
@@ -175,3 +215,18 @@ def test_exit_code_and_one_line():
     assert run.returncode == 2
     assert run.stderr.startswith("error: LoRA nowhere.safetensors")
     assert run.stderr.count("\n") == 1
+
+
+def test_an_image_branch_is_left_out_where_there_is_none(tmp_path):
+    """A much used recipe: Wan2.1-I2V's LoRA on Wan2.2-I2V, in every spelling; what else is unknown stays refused."""
+    config = dataclasses.replace(CONFIG, image_dim=None, image_positions=0)
+    for spelling, spell in SPELLINGS.items():
+        path = write(tmp_path / "a.safetensors", spell(factors()))
+        (file,) = lora.parse([path])
+        assert len(file.terms(config)) == len(file.terms(CONFIG)) * 10 // 12, spelling
+        left_out = 2 * config.num_layers
+        assert f"left out: {left_out} layers of an image branch" in lora.describe_adapters(file, config)
+        assert "left out" not in lora.describe_adapters(file, CONFIG)
+    tensors = official(factors()) | {"diffusion_model.blocks.0.other.lora_A.weight": np.zeros((4, 4), np.float32)}
+    with pytest.raises(InputError, match=r"1 tensor: .*other.lora_A.weight that the network has no place for"):
+        lora.parse([write(tmp_path / "b.safetensors", tensors)])[0].terms(config)

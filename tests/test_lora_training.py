@@ -114,26 +114,39 @@ def test_resumes_exactly_and_saves_nothing_frozen(config, run, tmp_path):
         checkpoints.close()
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "dots"])
-def test_gradients_are_the_same_on_one_device(config, remat):
-    config = dataclasses.replace(config, dtype="float32", remat=remat)
-    results = []
-    for shape in (MeshShape(), MeshShape(data=2, ring=2, ulysses=2)):
-        with on(shape):
-            objective = make_objective(config)
-            state = init_state(config, objective)
-            rng = np.random.default_rng(0)
-            model = jax.tree.map(
-                lambda x, rng=rng: jax.device_put(rng.standard_normal(x.shape, np.float32) / 8, x.sharding), state.model
-            )
-            batch = make_batch(Synthetic(config, objective.dit), 0, config.batch)
+def loss_and_gradients(config, shape):
+    """Of adapters none of which is zero."""
+    with on(shape):
+        objective = make_objective(config)
+        state = init_state(config, objective)
+        assert state.frozen.blocks.ffn.fc_in.kernel.dtype == (jnp.int8 if config.quantize else jnp.float32)
+        rng = np.random.default_rng(0)
+        model = jax.tree.map(
+            lambda x, rng=rng: jax.device_put(rng.standard_normal(x.shape, np.float32) / 8, x.sharding), state.model
+        )
+        batch = make_batch(Synthetic(config, objective.dit), 0, config.batch)
 
-            def run(state, batch, objective=objective):
-                return gradients(objective, state.model, objective.prepare(batch, state.key()), state.frozen)
+        def run(state, batch, objective=objective):
+            def loss(weights, part):
+                return objective.loss(objective.join(weights, state.frozen), part)
 
-            state = dataclasses.replace(state, model=model)
-            results.append(jax.device_get(jax.jit(run)(state, batch)))
-    (loss, grads), (loss_mesh, grads_mesh) = results
+            return gradients(loss, state.model, objective.prepare(batch, state.key()), config.accumulate)
+
+        return jax.device_get(jax.jit(run)(dataclasses.replace(state, model=model), batch))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(config):
+    """By format of the weights beside the adapters, with everything kept for the backward pass."""
+    plain = dataclasses.replace(config, dtype="float32", remat="none")
+    return functools.cache(lambda format: loss_and_gradients(dataclasses.replace(plain, quantize=format), MeshShape()))
+
+
+@pytest.mark.parametrize(("remat", "format"), [("none", None), ("attention", None), ("dots", "int8")])
+def test_gradients_are_those_of_one_device(config, on_one_device, remat, format):
+    config = dataclasses.replace(config, dtype="float32", remat=remat, quantize=format)
+    loss, grads = on_one_device(format)
+    loss_mesh, grads_mesh = loss_and_gradients(config, MeshShape(data=2, ring=2, ulysses=2))
     np.testing.assert_allclose(loss, loss_mesh, rtol=1e-5)
     largest = max(np.abs(x).max() for x in jax.tree.leaves(grads))
     for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_mesh), strict=True):
@@ -158,6 +171,7 @@ def test_command_line(config, tmp_path, capsys):
     [
         ({"checkpoint": None, "dit": DIT}, ["lora without a checkpoint", "--checkpoint"]),
         ({"vae": VAEConfig()}, ["lora with the network vae"]),
+        ({"lora": None, "quantize": "int8"}, ["--quantize int8 for weights that learn", "set lora"]),
         ({"dit": dataclasses.replace(DIT, num_layers=3)}, ["num_layers 2, the config's dit 3"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import huggingface_hub
 import jax
 import numpy as np
 import PIL.Image
@@ -162,12 +163,12 @@ def test_frames_without_an_image_branch(layout, tmp_path):
     """36 channels and no CLIP, as Wan2.2's: mask and latents alone say what is given, first and last frame too."""
     without_images(layout, tmp_path / "c", 36, "i2v")
     pipe = wanjax.Pipeline.from_pretrained(tmp_path / "c", dtype="float32", compile_cache="off")
-    assert (pipe.dit.task, pipe.dit.tasks) == ("i2v", ("i2v", "flf2v"))
+    assert (pipe.dit.task, pipe.dit.tasks) == ("i2v", ("i2v", "flf2v", "last"))
     both, first = pipe(**CALL), pipe(**CALL | {"last_frame": None})
     assert np.abs(both.latents - first.latents).max() > 0.01
     assert set(both.seconds) == {"text", "VAE encode", "DiT", "denoise", "VAE decode"}
     with pytest.raises(
-        InputError, match="no frame given to a i2v checkpoint, which takes --first-frame with or without"
+        InputError, match="no frame given to a i2v checkpoint, which takes --first-frame, --last-frame or"
     ):
         pipe(**CALL | {"first_frame": None, "last_frame": None})
 
@@ -184,7 +185,7 @@ def test_what_a_network_can_be_asked_for():
     t2v = DiTConfig(in_channels=16, image_dim=None, image_positions=0)
     tasks = {
         t2v: ("t2v",),
-        dataclasses.replace(t2v, in_channels=36): ("i2v", "flf2v"),
+        dataclasses.replace(t2v, in_channels=36): ("i2v", "flf2v", "last"),
         DiTConfig(image_positions=0): ("i2v",),
         DiTConfig(): ("i2v", "flf2v"),
         DiTConfig(model_type="i2v"): ("i2v",),
@@ -197,7 +198,6 @@ def test_what_a_network_can_be_asked_for():
 
 
 def test_a_name_of_the_hub(monkeypatch, tmp_path):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or DIFFUSERS)
     assert wanjax.Pipeline.from_pretrained("Some-One/a.checkpoint").networks.checkpoint.layout == "diffusers"
@@ -208,7 +208,6 @@ def test_a_name_of_the_hub(monkeypatch, tmp_path):
 
 
 def test_the_hub_is_out_of_reach(monkeypatch):
-    pytest.importorskip("huggingface_hub")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=r"Some-One/nothing is no folder here, and the Hugging Face hub does not give"):
         hub.checkpoint_folder("Some-One/nothing")

@@ -1,3 +1,5 @@
+"""Solvers against the official ones, those of diffusers and the exact solution."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,8 +127,8 @@ def test_every_schedule_is_finite(solver, conventions):
     for steps in (1, 2, 3, 4, 5, 67, 999, 1000):
         for shift in (0.01, 0.5, 1.0, 5.0, 16.0, 100.0):
             schedule = solvers.make_schedule(solver, steps, shift, conventions)
-            assert [x.shape for x in schedule] == [(steps,), (steps + 1,), (steps, 5), (steps, 3)]
-            assert all(np.all(np.isfinite(x)) and x.dtype == np.float32 for x in schedule)
+            assert [x.shape for x in schedule[:4]] == [(steps,), (steps + 1,), (steps, 5), (steps, 3)]
+            assert all(np.all(np.isfinite(x)) and x.dtype == np.float32 for x in schedule[:4])
             assert schedule.sigmas[-1] == 0
             assert schedule.sigmas[0] <= 1
             # The weights are those of an average: a constant x = x0 stays what it is.

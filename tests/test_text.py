@@ -61,7 +61,7 @@ def test_features_are_zero_past_the_text(text):
     checkpoint = Checkpoint(GOLDEN / "diffusers")
     encoder = checkpoint.load("umt5", checkpoint.config("umt5"))
     case = json.loads((checkpoint.path / "case.json").read_text())
-    ids, mask = Tokenizer(checkpoint.tokenizer_dir)([case["prompt" if text == "prompt" else "negative_prompt"]])
+    ids, mask = Tokenizer(checkpoint.tokenizer)([case["prompt" if text == "prompt" else "negative_prompt"]])
     features = np.asarray(jax.jit(encode_text)(encoder, ids, mask))
     reference = golden_arrays(checkpoint.path.name)[f"{text}_embeds"]
     assert np.abs(features - reference).max() <= 1e-4 * max(1, np.abs(reference).max())
@@ -90,3 +90,13 @@ def test_unusable_folders(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps({**settings, "post_processor": None}))
     with pytest.raises(InputError, match="adds no </s>"):
         Tokenizer(tmp_path)
+
+
+def test_a_file_that_the_library_panics_at(tmp_path, capfd):
+    """Its special tokens are not those of its template."""
+    settings = json.loads((GOLDEN / "diffusers/tokenizer/tokenizer.json").read_text())
+    settings["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=r"tokenizer.json cannot be read \(.*\); expected a tokenizers file; copy it"):
+        Tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""

@@ -12,16 +12,17 @@ from flax import nnx
 from tiny import TRAIN, on
 
 from sharding.mesh import MeshShape
+from sharding.rules import activation_spec
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
 from wanjax.models.layers import Linear
-from wanjax.training import loop
+from wanjax.training import loop, speed
 from wanjax.training.checkpoint import TrainCheckpoints
 from wanjax.training.objectives import Data, Objective
 from wanjax.training.state import TrainState, abstract_state, init_state, resumed
-from wanjax.training.step import Metrics
+from wanjax.training.step import average, keep_finite, learn
 
-CONFIG = dataclasses.replace(TRAIN, dit=None, batch=4, steps=6, save_every=3, ema_decay=0.5)
+CONFIG = dataclasses.replace(TRAIN, dit=None, batch=8, accumulate=2, steps=6, save_every=3, ema_decay=0.5)
 TURNS = 3
 """The critic learns at every step, the student at every third."""
 
@@ -71,7 +72,8 @@ class Imitation(Objective):
         return len(batch.x)
 
     def prepare(self, batch, key):
-        return batch
+        noise = jax.random.normal(key, batch.x.shape, out_sharding=activation_spec(batch.x.shape, "batch", None))
+        return Sample(batch.x + 0.1 * noise)
 
     def loss(self, model, batch):
         return jnp.mean((model["student"](batch.x) - model["teacher"](batch.x)) ** 2)
@@ -83,23 +85,33 @@ class Imitation(Objective):
         return {name: optimizer.init(trained[name]) for name, optimizer in self.optimizers.items()}
 
     def step(self, state, batch):
-        def learn(name, loss, trained, optimizers):
-            def of(network):
-                return loss(self.join(trained | {name: network}, state.frozen), batch)
+        prepared = self.prepare(batch, state.key())
 
-            value, grads = jax.value_and_grad(of)(trained[name])
-            updates, new = self.optimizers[name].update(grads, optimizers[name], trained[name])
-            trained = trained | {name: optax.apply_updates(trained[name], updates)}
-            return value, trained, optimizers | {name: new}, optax.global_norm(grads)
+        def update(name, loss, trained, optimizers):
+            def of(network, part):
+                return loss(self.join(trained | {name: network}, state.frozen), part)
 
-        loss, trained, optimizers, norm = learn("critic", self.critic_loss, state.model, state.optimizer)
-        _, both, both_optimizers, _ = learn("student", self.loss, trained, optimizers)
+            learned = learn(self.config, self.optimizers[name], of, trained[name], optimizers[name], prepared)
+            return trained | {name: learned.weights}, optimizers | {name: learned.optimizer}, learned
+
+        trained, optimizers, critic = update("critic", self.critic_loss, state.model, state.optimizer)
+
+        def student_turn(trained, optimizers):
+            trained, optimizers, student = update("student", self.loss, trained, optimizers)
+            return trained, optimizers, student.grad_norm
+
+        def no_turn(trained, optimizers):
+            return trained, optimizers, jnp.zeros(())
+
         turn = (state.step + 1) % TURNS == 0
-        choose = lambda new, old: jax.tree.map(lambda a, b: jnp.where(turn, a, b), new, old)  # noqa: E731
-        model, optimizers = choose(both, trained), choose(both_optimizers, optimizers)
-        ema = jax.tree.map(lambda a, b: (a + b) / 2, state.ema, model)
-        new = TrainState(state.step + 1, state.seed, model, optimizers, ema, state.frozen)
-        return new, Metrics(loss, norm, jnp.isfinite(loss))
+        trained, optimizers, student_norm = jax.lax.cond(turn, student_turn, no_turn, trained, optimizers)
+        ema = average(self.config, state, trained)
+        new = TrainState(state.step + 1, state.seed, trained, optimizers, ema, state.frozen)
+        return keep_finite(state, new, critic.loss, jnp.hypot(critic.grad_norm, student_norm))
+
+    def step_operations(self, batch):
+        student, critic = (speed.forward_operations(self, batch, loss) for loss in (self.loss, self.critic_loss))
+        return 3 * critic + 3 * student // TURNS
 
     def open_data(self, config, encoders=None):
         return Data(Noise())

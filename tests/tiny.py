@@ -152,11 +152,11 @@ def random_dit(cls=DiT):
 
 
 def random_inputs(branches):
-    """Noise, control branch, text and image features for `random_dit`; on the host."""
+    """Noise, image condition, text and image features for `random_dit`; on the host."""
     text, image = (branches, DIT.text_len, DIT.text_dim), (1, DIT.image_positions, DIT.image_dim)
     shapes = LATENTS, (*LATENTS[:-1], 20), text, image
-    noise, control, text, image = (normal(seed, *shape) for seed, shape in enumerate(shapes))
-    return noise, control, text, np.repeat(image, branches, axis=0)
+    noise, image_condition, text, image = (normal(seed, *shape) for seed, shape in enumerate(shapes))
+    return noise, image_condition, text, np.repeat(image, branches, axis=0)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

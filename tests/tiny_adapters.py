@@ -67,6 +67,19 @@ SPELLINGS = {
         for name, (a, b) in pairs.items()
         for part, x in (("lora_down.weight", a), ("lora_up.weight", b), ("alpha", np.array(8, np.float16)))
     },
+    "lycoris": lambda pairs: {
+        f"lycoris_{name.replace('.', '_')}.{part}.weight": x
+        for name, pair in pairs.items()
+        for part, x in zip(("lora_down", "lora_up"), pair, strict=True)
+    },
+    "lora.up": lambda pairs: official(pairs, "lora.down", "lora.up"),
+    "without .weight": lambda pairs: {k.removesuffix(".weight"): x for k, x in official(pairs).items()},
+    "linear layer": lambda pairs: official(pairs, "lora_linear_layer.down", "lora_linear_layer.up"),
+    "_lora.up": lambda pairs: {
+        f"diffusion_model.{name}_lora.{part}.weight": x
+        for name, pair in pairs.items()
+        for part, x in zip(("down", "up"), pair, strict=True)
+    },
     "videox-fun": lambda pairs: {
         f"lora_unet__{name.replace('.', '_')}.{part}.weight": x
         for name, pair in pairs.items()

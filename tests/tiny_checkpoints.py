@@ -76,7 +76,7 @@ def make_i2v(layout, folder):
 
 
 def make_t2v(layout, folder):
-    """A checkpoint without image encoder, image branch and control branch."""
+    """A checkpoint without image encoder, image branch and image condition."""
     return without_images(layout, folder, 16, "t2v")
 
 

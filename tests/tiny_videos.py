@@ -9,14 +9,14 @@ from wanjax.data.manifest import Row
 from wanjax.data.videos import Videos
 
 
-def encode(path, frames, times=None, rate=16, codec="libx264", edit=None, options=None):
+def encode(path, frames, times=None, rate=16, codec="libx264", edit=None, options=None, pix_fmt=None):
     """Writes frames [F, H, W, 3]; `times` in seconds, else one every 1/rate."""
     container_options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", options=container_options) as container:
         options = {"crf": "4", "preset": "veryfast", "g": "12"} | (options or {})
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv444p" if codec == "libx264" else "yuv420p"
+        stream.pix_fmt = pix_fmt or ("yuv444p" if codec == "libx264" else "yuv420p")
         stream.codec_context.time_base = stream.time_base = Fraction(1, 1000)
         if edit is not None:
             edit(stream)

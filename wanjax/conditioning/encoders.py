@@ -4,7 +4,7 @@
     encoded  = encoders(batch)               # training, latent caches, validation: a batch of clips in one program
     encoders.text(ids, mask)                 # sampling: one stage after the other, the VAE a few frames at a time
     encoders.images(pixels)
-    encoders.control(frames, given)
+    encoders.image_condition(frames, given)
 
 Both go through the functions below, so that a network sees in sampling what it saw in training. Encoders run
 data-parallel with their weights split over the devices; the VAE splits the pictures too (arXiv 2503.20314, 4.3).
@@ -13,7 +13,8 @@ data-parallel with their weights split over the devices; the VAE splits the pict
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sharding.rules import constrain, replicate
-from wanjax.conditioning.frames import control_branch, control_video, latent_mask, to_pixels
+from sharding.xla_options import VAE_OPTIONS
+from wanjax.conditioning.frames import condition_video, join_image_condition, latent_mask, to_pixels
 from wanjax.conditioning.samples import Encoded, PixelSample
 from wanjax.conditioning.text import Tokenizer, encode_text
 from wanjax.config import CLIPConfig, DiTConfig, TrainConfig, UMT5Config, VAEConfig
@@ -32,6 +34,7 @@ from wanjax.models.umt5 import UMT5Encoder
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Cache
 from wanjax.weights import Checkpoint
+from wanjax.weights.hub import checkpoint_folder
 from wanjax.weights.networks import Networks
 
 
@@ -55,7 +58,10 @@ def encoder_configs(
         "latent channels": (dit.out_channels, vae.z_dim),
         "text features": (dit.text_dim, umt5.dim),
         "image features": (dit.image_dim, clip.dim if clip else None),
+        "image tokens": (dit.image_positions, 2 * clip.num_tokens if clip and dit.image_positions else 0),
     }
+    if dit.in_channels != dit.out_channels:
+        made["input channels"] = (dit.in_channels, 2 * vae.z_dim + vae.temporal_factor)
     for name, (ours, theirs) in made.items():
         if ours != theirs:
             raise InputError(
@@ -83,6 +89,8 @@ class Encoders:
         run: Callable[..., Any] = lambda function, *arguments: function(*arguments),
     ):
         self.networks, self.dit, self.tokenizer, self.run = networks, dit, tokenizer, run
+        if "umt5" in networks.configs:
+            tokenizer.check(networks.configs["umt5"].vocab_size)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, dit: DiTConfig, dtype: DTypeLike) -> Encoders:
@@ -92,7 +100,7 @@ class Encoders:
           InputError: as `encoder_configs`, `Tokenizer` and `Networks`.
         """
         vae, umt5, clip = encoder_configs(checkpoint, dit, dtype)
-        tokenizer = Tokenizer(checkpoint.tokenizer_dir, dit.text_len)
+        tokenizer = Tokenizer(checkpoint.tokenizer, dit.text_len)
         return cls(Networks(checkpoint, {"vae": vae, "umt5": umt5, "clip": clip}), dit, tokenizer)
 
     @property
@@ -106,14 +114,14 @@ class Encoders:
         return 0 if self.clip is None else 2 if self.dit.image_positions else 1
 
     @property
-    def has_control(self) -> bool:
-        """Whether the network takes a control branch."""
+    def has_image_condition(self) -> bool:
+        """Whether the network takes an image condition."""
         return self.dit.in_channels != self.dit.out_channels
 
     def __call__(self, batch: PixelSample) -> Encoded:
         """Encode a batch that is on the mesh, in one program."""
         clip = None if self.clip is None else self.networks["clip"]
-        return encode_batch(self.networks["vae"], self.networks["umt5"], clip, self.has_control, batch)
+        return encode_batch(self.networks["vae"], self.networks["umt5"], clip, self.has_image_condition, batch)
 
     def empty_text(self) -> jax.Array:
         """Features `[l, text_dim]` of the empty caption, which stands for captions that are dropped."""
@@ -144,10 +152,10 @@ class Encoders:
         self.networks.release("clip")
         return features
 
-    def control(
+    def image_condition(
         self, frames: np.ndarray, given: np.ndarray, size: tuple[int, int], tick: Callable[[], None] = lambda: None
     ) -> jax.Array:
-        """The control branch `[1, f, h, w, 4 + c]` of one video, whole on every device. The VAE stays.
+        """The image condition `[1, f, h, w, 4 + c]` of one video, whole on every device. The VAE stays.
 
         Only a chunk of frames is on the devices at a time.
 
@@ -157,20 +165,26 @@ class Encoders:
           size: H and W.
           tick: called once a latent frame.
         """
-        vae: VAEConfig = self.networks.configs["vae"]
         pixels = iter(frames)
-        latents, cache = [], None
-        for start in [0, *range(1, len(given), vae.temporal_factor)]:
-            chunk = given[start : start + (vae.temporal_factor if start else 1)]
-            video = np.zeros((1, len(chunk), *size, 3), np.float32)
-            for i in np.flatnonzero(chunk):
-                video[0, i] = next(pixels)
-            chunk_latents, cache = self.run(encode_chunk, self.networks["vae"], video, cache)
-            latents.append(chunk_latents)
-            tick()
-        known = jnp.concatenate(latents, axis=1)
+        blank = np.zeros((*size, 3), np.float32)
+        known = self.latents((next(pixels) if is_given else blank for is_given in given), tick)
         h, w = known.shape[2:4]
-        return control_branch(latent_mask(given[None], h, w, vae), known)
+        return join_image_condition(latent_mask(given[None], h, w, self.networks.configs["vae"]), known)
+
+    def latents(self, frames: Iterable[np.ndarray], tick: Callable[[], None] = lambda: None) -> jax.Array:
+        """Latents `[1, f, h, w, c]` of a video, whole on every device, a chunk of frames at a time. The VAE stays.
+
+        Args:
+          frames: 4 n + 1 of `[H, W, 3]`.
+          tick: called once a latent frame.
+        """
+        factor = self.networks.configs["vae"].temporal_factor
+        frames, latents, cache = iter(frames), [], None
+        while chunk := list(itertools.islice(frames, factor if latents else 1)):
+            part, cache = self.run(encode_chunk, self.networks["vae"], np.stack(chunk)[None], cache)
+            latents.append(part)
+            tick()
+        return jnp.concatenate(latents, axis=1)
 
 
 def open_encoders(config: TrainConfig, dit: DiTConfig) -> Encoders:
@@ -182,21 +196,21 @@ def open_encoders(config: TrainConfig, dit: DiTConfig) -> Encoders:
     folder = config.encoders or config.checkpoint
     if folder is None:
         raise InputError("no encoders; a checkpoint with vae, umT5 and CLIP is needed; give --encoders")
-    return Encoders.from_checkpoint(Checkpoint(folder), dit, jnp.dtype(config.dtype))
+    return Encoders.from_checkpoint(Checkpoint(checkpoint_folder(folder)), dit, jnp.dtype(config.dtype))
 
 
-@functools.partial(jax.jit, static_argnames="has_control")
+@functools.partial(jax.jit, static_argnames="has_image_condition")
 def encode_batch(
-    vae: VAE, umt5: UMT5Encoder, clip: CLIPVision | None, has_control: bool, batch: PixelSample
+    vae: VAE, umt5: UMT5Encoder, clip: CLIPVision | None, has_image_condition: bool, batch: PixelSample
 ) -> Encoded:
-    """Latents, text and image features and control branch of a batch; the loss does not go back through any of it."""
+    """Latents, text and image features and image condition of a batch; the loss does not go back through any of it."""
     video = to_pixels(batch.video)  # [b, F, H, W, 3]
     latents = vae.encode(video)  # [b, f, h, w, c]
-    control = None
-    if has_control:
-        known = vae.encode(control_video(video, batch.given))
+    image_condition = None
+    if has_image_condition:
+        known = vae.encode(condition_video(video, batch.given))
         h, w = latents.shape[2:4]
-        control = control_branch(latent_mask(batch.given, h, w, vae.config), known)  # [b, f, h, w, 4 + c]
+        image_condition = join_image_condition(latent_mask(batch.given, h, w, vae.config), known)  # [b, f, h, w, 4 + c]
     image = None
     if clip is not None and batch.clip is not None:
         # One image of every clip at a time, for the memory of one.
@@ -204,7 +218,7 @@ def encode_batch(
         images = [jnp.where(batch.has_image[:, i, None, None], x, 0) for i, x in enumerate(images)]
         image = jnp.concatenate(images, axis=1)  # [b, l, image_dim]
     features = encode_text(umt5, batch.ids, batch.mask)
-    return Encoded(latents, constrain(features, "batch", None, None), image, control)
+    return Encoded(latents, constrain(features, "batch", None, None), image, image_condition)
 
 
 @jax.jit
@@ -219,7 +233,7 @@ def image_features(clip: CLIPVision, pixels: jax.Array) -> jax.Array:
     return replicate(clip(pixels))
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache", compiler_options=VAE_OPTIONS)
 def encode_chunk(vae: VAE, frames: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """`VAE.encode_chunk`, the latents whole on every device."""
     latents, cache = vae.encode_chunk(frames, cache)

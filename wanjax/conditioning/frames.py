@@ -1,8 +1,8 @@
-"""What is given to the model: task -> given pixel frames -> mask and control video -> control branch.
+"""What is given to the model: task -> given pixel frames -> mask and condition video -> image condition.
 
 A task is nothing but the set of pixel frames that are given: none (t2v), the first (i2v), the first and the last
-(flf2v), the first few (continuation), any (interpolation). One network learns them all, because the 20 channels beside
-the noise say which frames are given (mask, 4) and what is in them (VAE latent, 16).
+(flf2v), the last (last), the first few (continuation), any (interpolation). One network learns them all, because the 20
+channels beside the noise say which frames are given (mask, 4) and what is in them (VAE latent, 16).
 
 The VAE compresses pixel frames 1 + 4 + 4 + .. into latent frames, so the four mask channels of a latent frame are the
 flags of its four pixel frames; the first latent frame has only one, which is repeated.
@@ -22,7 +22,7 @@ import numpy as np
 from wanjax.config import VAEConfig
 from wanjax.errors import InputError
 
-Task = Literal["t2v", "i2v", "flf2v", "continuation", "interpolation"]
+Task = Literal["t2v", "i2v", "flf2v", "last", "continuation", "interpolation"]
 
 
 def latent_frames(frames: int, vae: VAEConfig) -> int:
@@ -59,7 +59,7 @@ def given_frames(task: Task, frames: int, *, count: int = 1, indices: Sequence[i
     """Which pixel frames `task` gives: bool `[F]`, on the host. Stack several for a batch of mixed tasks.
 
     Args:
-      task: t2v, i2v, flf2v, continuation or interpolation.
+      task: t2v, i2v, flf2v, last, continuation or interpolation.
       frames: length of the video.
       count: continuation only: how many frames at the start, 1 to F - 1.
       indices: interpolation only: which frames, 0 to F - 1 (or from -F, counted from the end).
@@ -77,6 +77,7 @@ def given_frames(task: Task, frames: int, *, count: int = 1, indices: Sequence[i
         "t2v": (),
         "i2v": (0,),
         "flf2v": (0, -1),
+        "last": (-1,),
         "continuation": range(count),
         "interpolation": indices,
     }
@@ -118,8 +119,8 @@ def to_uint8(video: jax.Array) -> jax.Array:
     return jnp.round((video.astype(jnp.float32) + 1) * 127.5).astype(jnp.uint8)
 
 
-def control_video(video: jax.Array, given: jax.Array | np.ndarray) -> jax.Array:
-    """The control video from a whole one: its given frames, zeros (mid-grey) elsewhere; what goes into the VAE.
+def condition_video(video: jax.Array, given: jax.Array | np.ndarray) -> jax.Array:
+    """The condition video from a whole one: its given frames, zeros (mid-grey) elsewhere; what goes into the VAE.
 
     Args:
       video: `[b, F, H, W, 3]` in [-1, 1].
@@ -128,12 +129,12 @@ def control_video(video: jax.Array, given: jax.Array | np.ndarray) -> jax.Array:
     return jnp.where(jnp.asarray(given)[:, :, None, None, None], video, 0)
 
 
-def control_branch(mask: jax.Array, latents: jax.Array) -> jax.Array:
+def join_image_condition(mask: jax.Array, latents: jax.Array) -> jax.Array:
     """What stands beside the noise in the DiT's input, which is [noise 16 | mask 4 | latent 16].
 
     Args:
       mask: `[b, f, h, w, 4]`, see `latent_mask`.
-      latents: `[b, f, h, w, 16]`, the control video's latents, normalised.
+      latents: `[b, f, h, w, 16]`, the condition video's latents, normalised.
 
     Returns:
       `[b, f, h, w, 20]` in the dtype of `latents` (0 and 1 are exact in every dtype).

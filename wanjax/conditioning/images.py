@@ -12,52 +12,120 @@ differ in how pictures are resized, which is visible in the video.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import PIL.ImageOps
 
 from wanjax.errors import InputError
+from wanjax.untrusted import open_file, reason
 
 Picture = PIL.Image.Image | np.ndarray
 Conventions = Literal["official", "diffusers"]
 
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""Pillow's names of those that are opened. It knows others, and runs programs for some: Ghostscript for PostScript."""
+MOST_PIXELS = 2**27
+"""Of a picture that is unpacked: half a GB of memory, whatever the few bytes of its file are."""
+_TOO_LARGE = f"too large a picture; up to {MOST_PIXELS:,} pixels are accepted; make it smaller"
 ACCEPTED = "accepted: PNG, JPEG, WebP, BMP, GIF or TIFF with 8 or 16 bits a channel"
 
 
-def read_image(path: str | Path | Picture) -> PIL.Image.Image:
-    """The picture in a file, or one that is there already, upright, as 8-bit RGB.
+@contextlib.contextmanager
+def _silent_pillow() -> Iterator[None]:
+    """Without what it says of damage beside the pixels, and of sizes, which have a limit here."""
+    log = logging.getLogger("PIL")
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
 
-    EXIF orientation is applied, transparency laid on white, 16-bit gray scaled to 8 bits; of an animation the first
-    picture is taken.
+
+def read_image(path: str | Path | BinaryIO | Picture) -> PIL.Image.Image:
+    """The picture in a file, open or to be opened, or one that is there already, upright, as 8-bit RGB.
+
+    EXIF orientation is applied, unless EXIF is damaged; colours of an embedded profile (a phone's Display P3) become
+    sRGB; transparency is laid on white, 16-bit gray scaled to 8 bits; of an animation the first picture is taken.
 
     Raises:
-      InputError: the file is missing, is not a picture, or is damaged.
+      InputError: the file is missing, is not a picture of `FORMATS`, is damaged, or has more than `MOST_PIXELS`.
     """
     if isinstance(path, PIL.Image.Image):
-        return as_rgb(PIL.ImageOps.exif_transpose(path))
+        return as_rgb(in_srgb(upright(path)))
     if isinstance(path, np.ndarray):
         return as_rgb(path)
     try:
-        with PIL.Image.open(path) as file:
-            file.load()
-            return as_rgb(PIL.ImageOps.exif_transpose(file))
+        opened = open_file(path) if isinstance(path, (str, Path)) else contextlib.nullcontext(path)
+        with opened as file, _silent_pillow():
+            return _unpacked(file)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except FileNotFoundError as error:
         raise InputError(f"image {path} does not exist; {ACCEPTED}; check the path") from error
     except PIL.UnidentifiedImageError as error:
         raise InputError(f"{path} is not a picture; {ACCEPTED}; convert or replace it") from error
-    # Pillow reports damage as any of these; a bomb is more pixels than it is willing to unpack.
-    except (OSError, SyntaxError, ValueError, EOFError, PIL.Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"image {path} cannot be read ({reason}); {ACCEPTED}; convert or replace it") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise InputError(f"{path}: {_TOO_LARGE}") from error
+    # What the many readers make of damage has no common base.
+    except Exception as error:
+        raise InputError(f"image {path} cannot be read ({reason(error)}); {ACCEPTED}; convert or replace it") from error
+
+
+def _unpacked(file: BinaryIO) -> PIL.Image.Image:
+    """The picture in an open file."""
+    with PIL.Image.open(file, formats=FORMATS) as picture:
+        width, height = picture.size
+        if width * height > MOST_PIXELS:
+            raise InputError(f"{width}x{height} pixels: {_TOO_LARGE}")
+        picture.load()
+        return as_rgb(in_srgb(upright(picture)))
+
+
+def upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as its EXIF turns it; as it is where that is damaged, as browsers show it."""
+    try:
+        return PIL.ImageOps.exif_transpose(picture)
+    except Exception:  # what the reader makes of damage has no common base
+        return picture
+
+
+def in_srgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture with its embedded colour profile applied; as it is where it has none, or a damaged one.
+
+    diffusers takes the numbers as they are: this is a difference to what it makes of such a picture.
+    """
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture
+    try:
+        given = PIL.ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = "RGBA" if picture.has_transparency_data else "RGB"
+        source = picture.convert(mode) if mode == "RGBA" or picture.mode == "P" else picture
+        converted = PIL.ImageCms.profileToProfile(source, given, PIL.ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (PIL.ImageCms.PyCMSError, OSError, ValueError):  # damaged, or of other channels
+        return picture
+    if converted is None or (source.mode == mode and _nearly_same(source, converted)):
+        return picture  # it is sRGB, whose numbers would only be rounded anew
+    return converted
+
+
+def _nearly_same(a: PIL.Image.Image, b: PIL.Image.Image) -> bool:
+    return int(np.abs(np.asarray(a).astype(np.int16) - np.asarray(b)).max(initial=0)) <= 2  # of 255
 
 
 def as_rgb(picture: Picture) -> PIL.Image.Image:

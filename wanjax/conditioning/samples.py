@@ -30,10 +30,10 @@ class Encoded(NamedTuple):
     latents: of the VAE, normalised, `[f, h, w, c]`.
     text: umT5 features `[l, text_dim]`, zero rows behind the caption.
     image: CLIP features of the given frames one after the other `[l, image_dim]`; None for a network without images.
-    control: control branch `[f, h, w, 4 + c]`, see `wanjax.conditioning.frames`; None for a network without one.
+    image_condition: mask and latents `[f, h, w, 4 + c]`, see `wanjax.conditioning.frames`, or None.
     """
 
     latents: Any
     text: Any
     image: Any
-    control: Any
+    image_condition: Any

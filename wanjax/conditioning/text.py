@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ftfy
@@ -19,10 +21,13 @@ import tokenizers
 
 from wanjax.errors import InputError
 from wanjax.models.umt5 import UMT5Encoder
+from wanjax.untrusted import read_bytes, reason
 
 logger = logging.getLogger(__name__)
 
 TEXT_LENGTH = 512
+SPARE_WORDS = 256
+"""That an encoder may have beyond its tokenizer's, and a hundredth of all: published tables are rounded up."""
 
 # What the official code guides away from when no negative prompt is given (Wan2.1 `wan/configs`), by task: bright
 # colours, overexposure, stillness, blur, subtitles, ...; with a first frame also camera shake, with two also cuts.
@@ -34,6 +39,7 @@ _NEGATIVE_PROMPT = (
 NEGATIVE_PROMPTS = {
     "t2v": _NEGATIVE_PROMPT,
     "i2v": "镜头晃动，" + _NEGATIVE_PROMPT,
+    "last": "镜头晃动，" + _NEGATIVE_PROMPT,
     "flf2v": "镜头切换，镜头晃动，" + _NEGATIVE_PROMPT,
 }
 
@@ -51,31 +57,56 @@ class Tokenizer:
     """Text to ids, with the `tokenizer.json` of a checkpoint.
 
     Args:
-      folder: `tokenizer/` of the Diffusers layout, `google/umt5-xxl/` of the official one. Only this folder is read.
+      folder: `tokenizer/` of the Diffusers layout, `google/umt5-xxl/` of the official one; or the file itself; or what
+        would be in it. Nothing else is read.
       length: tokens a text is padded or cut to.
 
     Raises:
       InputError: the folder holds no usable `tokenizer.json`.
     """
 
-    def __init__(self, folder: str | Path, length: int = TEXT_LENGTH):
-        file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
-            raise InputError(
-                f"{folder} holds no tokenizer.json; the tokenizer of a Wan2.1 release is needed; "
-                "copy the release's tokenizer/ (Diffusers layout) or google/umt5-xxl/ (official layout) there"
-            )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception for every kind of bad file
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{file} cannot be read ({reason}); expected a tokenizers file; copy it again") from error
-        self._tokenizer.enable_truncation(length)
-        pad = self._tokenizer.token_to_id("<pad>")
-        if pad is None or self._tokenizer.encode("").tokens[-1:] != ["</s>"]:
+    def __init__(self, folder: str | Path | bytes, length: int = TEXT_LENGTH):
+        file = "the tokenizer inside umT5's file" if isinstance(folder, bytes) else _tokenizer_file(Path(folder))
+        self.file, self.length = file, length
+        with self._usable(), _without_panics():
+            content = folder if isinstance(folder, bytes) else read_bytes(file)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+            self._tokenizer.no_padding()  # a file that was saved after use may ask for some
+            self._tokenizer.enable_truncation(length)
+            pad = self._tokenizer.token_to_id("<pad>")
+            ends = [self._tokenizer.encode(text).tokens[-1:] for text in ("", "a word")]
+        if pad is None or ends != [["</s>"]] * 2:
             raise InputError(f"{file} has no <pad> or adds no </s>; umT5 needs both; copy the Wan2.1 release's file")
         self._tokenizer.enable_padding(length=length, pad_id=pad, pad_token="<pad>")
-        self.length = length
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Says in one line what the library makes of a bad file: bare `Exception`, or a panic, which is none.
+
+        Raises:
+          InputError: in place of these.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise InputError(
+                f"{self.file} cannot be read ({reason(error)}); expected a tokenizers file; copy it again"
+            ) from error
+
+    def check(self, vocab_size: int) -> None:
+        """Whether a text encoder of so many words knows those of this tokenizer, and about no others.
+
+        Raises:
+          InputError: it is of another one: its words would be others.
+        """
+        size = 1 + max(self._tokenizer.get_vocab().values())
+        if not 0 <= vocab_size - size < SPARE_WORDS + vocab_size // 100:
+            raise InputError(
+                f"{self.file} has {size:,} words, the text encoder {vocab_size:,}; the tokenizer that it was trained "
+                "with is needed; copy the tokenizer of the same release"
+            )
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Clean and tokenise `texts`. A text that is too long is cut, with a warning in the log; it keeps its `</s>`.
@@ -83,14 +114,39 @@ class Tokenizer:
         Returns:
           ids `[b, l]` int32, and mask `[b, l]` bool, True at the tokens of the text.
         """
-        # One by one: encode_batch starts threads, after which a data loader cannot fork.
-        encodings = [self._tokenizer.encode(clean(text)) for text in texts]
+        with self._usable():
+            # One by one: encode_batch starts threads, after which a data loader cannot fork.
+            encodings = [self._tokenizer.encode(clean(text)) for text in texts]
         for text, encoding in zip(texts, encodings, strict=True):
             if encoding.overflowing:
                 logger.warning("text longer than %d tokens, the rest is ignored: %.60s...", self.length, clean(text))
         ids = np.array([encoding.ids for encoding in encodings], np.int32).reshape(-1, self.length)  # [b, l]
         mask = np.array([encoding.attention_mask for encoding in encodings], bool).reshape(-1, self.length)
         return ids, mask
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    file = folder if folder.is_file() else folder / "tokenizer.json"
+    if not file.is_file():
+        raise InputError(
+            f"{folder} holds no tokenizer.json; the tokenizer of a Wan2.1 release is needed; "
+            "copy the release's tokenizer/ (Diffusers layout) or google/umt5-xxl/ (official layout) there, "
+            "or give the file as --tokenizer"
+        )
+    return file
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Rust's own report of a panic, some forty lines, goes nowhere: it is written past Python. In one thread only."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def encode_text(encoder: UMT5Encoder, ids: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Step caches: steps of the sampler that reuse what an earlier step computed instead of running most of the network.
 
     rules = sampling.cache_rules.make_rules(config, schedule, calibration)
-    predictor = Cached(dit, context, control, guidance, rules)      # handed to the loop of `wanjax.diffusion.denoise`
+    predictor = Cached(dit, context, image_condition, guidance, rules)  # for the loop of `denoise.py`
 
 The step cache (`--cache`) keeps the residual of the whole block stack, `blocks(x) - x`, and adds it to later x:
   fixed:k      the blocks are run at every k-th step
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,13 +81,13 @@ class CacheState(NamedTuple):
 class Cached:
     """The predictor that skips by `rules`; a `wanjax.diffusion.denoise.Predictor` for one video.
 
-    dit, context, control, guidance: as `wanjax.diffusion.denoise.Guided`'s, of batch 1.
+    dit, context, image_condition, guidance: as `wanjax.diffusion.denoise.Guided`'s, of batch 1.
     rules: which steps compute what.
     """
 
     dit: DiT
     context: Context
-    control: jax.Array | None
+    image_condition: jax.Array | None
     guidance: jax.Array | float
     rules: Rules
 
@@ -95,9 +96,13 @@ class Cached:
         """2 with guidance, else 1."""
         return self.context.k.shape[1]
 
+    def with_guidance(self, guidance: float) -> Cached:
+        """See `Predictor`."""
+        return dataclasses.replace(self, guidance=guidance)
+
     def init(self, sample: jax.Array) -> CacheState:
         """Nothing kept yet."""
-        rules, tokens = self.rules, self.dit.embed(network_input(sample, self.control), jnp.zeros(1))
+        rules, tokens = self.rules, self.dit.embed(network_input(sample, self.image_condition), jnp.zeros(1))
         by_change = rules.threshold is not None
         by_branch = rules.may_skip_uncond is not None
         return CacheState(
@@ -114,7 +119,7 @@ class Cached:
     ) -> tuple[jax.Array, CacheState]:
         """See `Predictor`."""
         # Both branches of guidance see the same latents at the same time: their tokens are made once.
-        tokens = self.dit.embed(network_input(sample, self.control), timestep[None])
+        tokens = self.dit.embed(network_input(sample, self.image_condition), timestep[None])
         velocity, memory = self.branch_velocities(i, tokens, memory)
         return guided(velocity, self.guidance, self.branches), memory
 
@@ -201,12 +206,13 @@ def per_branch(x: jax.Array, branches: int) -> jax.Array:
     return constrain(repeat(x, branches, axis=0), "batch", "tokens", None)  # [branches, l, e]
 
 
-def magnitude_schedule(ratios: np.ndarray, threshold: float) -> np.ndarray:
+def magnitude_schedule(ratios: np.ndarray, threshold: float, starts: Sequence[int] = (0,)) -> np.ndarray:
     """magcache: at which steps the blocks are run, bool `[n]`.
 
     Args:
       ratios: `[n]`: the residual's magnitude over that of the step before.
       threshold: what the errors of reused steps may add up to.
+      starts: steps at which nothing is kept yet.
     """
     recompute = np.ones(len(ratios), bool)
     growth, error, skips = 1.0, 0.0, 0
@@ -214,7 +220,7 @@ def magnitude_schedule(ratios: np.ndarray, threshold: float) -> np.ndarray:
         growth *= ratios[i]
         error += abs(1 - growth)
         skips += 1
-        recompute[i] = error >= threshold or skips > MAGCACHE_MAX_SKIPS
+        recompute[i] = error >= threshold or skips > MAGCACHE_MAX_SKIPS or i in starts
         if recompute[i]:
             growth, error, skips = 1.0, 0.0, 0
     return recompute

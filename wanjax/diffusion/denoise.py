@@ -1,6 +1,6 @@
 """The denoising loop, the only one: at every step a predictor says the velocity, and the solver takes the step.
 
-    predictor = Guided(dit, context, control, guidance)         # or caching.Cached, or what a calibration measures with
+    predictor = Guided(dit, context, image_condition, guidance)  # or Cached, or what a calibration measures with
     carry = start(predictor, noise)
     for i in range(steps):
         carry = denoise(predictor, schedule, carry, i, i + 1)    # or denoise(.., 0, steps) in one program
@@ -31,6 +31,10 @@ Carry = tuple[solvers.SolverState, Any]
 class Predictor(Protocol):
     """A pytree: an argument of the compiled loop, with networks and conditions as its leaves."""
 
+    def with_guidance(self, guidance: float) -> Predictor:
+        """The same with another scale."""
+        ...
+
     def init(self, sample: jax.Array) -> Any:
         """The memory before the first step, for latents `[b, f, h, w, c]`."""
         ...
@@ -58,8 +62,24 @@ def start(predictor: Predictor, noise: jax.Array | np.ndarray) -> Carry:
       predictor: of the run.
       noise: standard normal `[b, f, h, w, c]`.
     """
-    state = solvers.init(replicate(jnp.asarray(noise)))
+    state = initial(noise)
     return state, predictor.init(state.sample)
+
+
+@jax.jit
+def initial(noise: jax.Array | np.ndarray) -> solvers.SolverState:
+    """The solver's state before the first step, whole on every device; `noise` as `start` takes it."""
+    return solvers.init(replicate(jnp.asarray(noise)))
+
+
+def enter(predictor: Predictor, state: solvers.SolverState) -> Carry:
+    """What the first step of a predictor takes where others have taken steps: their state, and no memory yet."""
+    return state, _first_memory(predictor, state.sample)
+
+
+@jax.jit
+def _first_memory(predictor: Predictor, sample: jax.Array) -> Any:
+    return predictor.init(sample)
 
 
 @functools.partial(jax.jit, donate_argnames="carry")
@@ -92,14 +112,18 @@ class Guided:
     dit: the network; what only `DiT.context` needs may be missing.
     context: from `DiT.context`, of a batch `[b * branches]`: of each sample the prompt and, with guidance, the negative
       prompt.
-    control: control branch `[b, f, h, w, 20]`, whole on every device; None for a network without one.
+    image_condition: mask and latents `[b, f, h, w, 20]`, whole on every device; None for a network without one.
     guidance: scale of the difference between the branches.
     """
 
     dit: DiT
     context: Context
-    control: jax.Array | None
+    image_condition: jax.Array | None
     guidance: jax.Array | float
+
+    def with_guidance(self, guidance: float) -> Guided:
+        """See `Predictor`."""
+        return dataclasses.replace(self, guidance=guidance)
 
     def init(self, sample: jax.Array) -> None:
         """Nothing is kept."""
@@ -108,12 +132,12 @@ class Guided:
     def __call__(self, i: jax.Array, timestep: jax.Array, sample: jax.Array, memory: None) -> tuple[jax.Array, None]:
         """See `Predictor`."""
         branches = self.context.k.shape[1] // len(sample)
-        x = jnp.repeat(network_input(sample, self.control), branches, axis=0)  # [b * branches, f, h, w, c_in]
+        x = jnp.repeat(network_input(sample, self.image_condition), branches, axis=0)  # [b * branches, f, h, w, c_in]
         velocity = self.dit(x, jnp.broadcast_to(timestep, len(x)), self.context)
         velocity = replicate(velocity)  # samples and branches may be on different devices
         return guided(velocity, self.guidance, branches), memory
 
 
-def network_input(sample: jax.Array, control: jax.Array | None) -> jax.Array:
-    """What the network sees: latents `[b, f, h, w, 16]` and, where there is a control branch, its 20 channels."""
-    return sample if control is None else jnp.concatenate([sample, control], axis=-1)
+def network_input(sample: jax.Array, image_condition: jax.Array | None) -> jax.Array:
+    """What the network sees: latents `[b, f, h, w, 16]` and, where there is an image condition, its 20 channels."""
+    return sample if image_condition is None else jnp.concatenate([sample, image_condition], axis=-1)

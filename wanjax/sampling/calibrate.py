@@ -55,18 +55,22 @@ class Measurements(NamedTuple):
 class Measured:
     """The plain predictor, which measures how the network changes from step to step; for one video.
 
-    dit, context, control, guidance: as `wanjax.diffusion.denoise.Guided`'s, of batch 1.
+    dit, context, image_condition, guidance: as `wanjax.diffusion.denoise.Guided`'s, of batch 1.
     """
 
     dit: DiT
     context: Context
-    control: jax.Array | None
+    image_condition: jax.Array | None
     guidance: jax.Array | float
+
+    def with_guidance(self, guidance: float) -> Measured:
+        """See `wanjax.diffusion.denoise.Predictor`."""
+        return dataclasses.replace(self, guidance=guidance)
 
     def init(self, sample: jax.Array) -> Measurements:
         """Zeros."""
         branches = self.context.k.shape[1]
-        x = self.dit.embed(network_input(sample, self.control), jnp.zeros(1)).x
+        x = self.dit.embed(network_input(sample, self.image_condition), jnp.zeros(1)).x
         cfg_delta, none = (replicate(jnp.zeros(sample.shape)), jnp.zeros(())) if branches == 2 else (None, None)
         change = Change(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()), none)
         return Measurements(jnp.zeros_like(x), jnp.zeros_like(caching.per_branch(x, branches)), cfg_delta, change)
@@ -76,7 +80,7 @@ class Measured:
     ) -> tuple[jax.Array, Measurements]:
         """See `wanjax.diffusion.denoise.Predictor`."""
         branches, dit = self.context.k.shape[1], self.dit
-        tokens = dit.embed(network_input(sample, self.control), timestep[None])
+        tokens = dit.embed(network_input(sample, self.image_condition), timestep[None])
         velocity, residual = caching.evaluate(dit, tokens, self.context, branches)
         modulated_input, length = dit.modulated_input(tokens), tokens.rotation.length
         cfg_delta = velocity[1:] - velocity[:1] if branches == 2 else None
@@ -102,19 +106,26 @@ def growth(x: jax.Array, before: jax.Array, length: int) -> jax.Array:
 
 
 def measure(pipe: Pipeline, request: Request) -> np.ndarray:
-    """One plain run without decoding: `[steps - 1, k]`, those numbers of `Change` that there are, a row a step."""
+    """One plain run without decoding: `[steps - 1, k]`, those numbers of `Change` that there are, a row a step.
+
+    Where another expert takes over, nothing has changed: there is nothing to compare with.
+    """
     changes: list[list[float]] = []
+    starts = {phase.first for phase in request.phases}
 
     def keep(step: Step) -> None:
-        changes.append([float(x) for x in jax.tree.leaves(step.memory.change)])
+        row = [float(x) for x in jax.tree.leaves(step.memory.change)]
+        changes.append([0.0] * len(row) if step.done - 1 in starts else row)
 
     pipe(request, on_step=keep, predictor=make_measured, decode=False)
     return np.asarray(changes[1:])
 
 
-def make_measured(request: Request, dit: DiT, context: Context, control: jax.Array | None) -> Measured:
+def make_measured(
+    request: Request, dit: DiT, context: Context, image_condition: jax.Array | None, guidance: float
+) -> Measured:
     """What measures a request."""
-    return Measured(dit, context, control, request.config.guidance)
+    return Measured(dit, context, image_condition, guidance)
 
 
 def calibrate(config: SampleConfig, prompts: Sequence[dict[str, Any]] = ({},)) -> Calibration:
@@ -130,17 +141,26 @@ def calibrate(config: SampleConfig, prompts: Sequence[dict[str, Any]] = ({},)) -
     config = dataclasses.replace(config, cache=None, cfg_cache=None, calibration=None, fast=False)
     pipe = Pipeline(config)
     requests = [pipe.prepare(**settings) for settings in prompts]
-    if config.steps < 3:
-        raise InputError(f"{config.steps} steps to measure; 3 or more are needed; use those that you sample with")
+    if requests[0].config.steps < 3:
+        raise InputError(
+            f"{requests[0].config.steps} steps to measure; 3 or more are needed; use those that you sample with"
+        )
+    first, networks = requests[0], pipe.networks
+    if len({phase.branches for phase in first.phases}) > 1:
+        raise InputError(
+            "guidance 1 in some steps and not in others; one kind of step is measured; calibrate with guidance in all "
+            "steps or in none"
+        )
     changes = np.mean([measure(pipe, request) for request in requests], axis=0)  # [steps - 1, k]
     if not np.isfinite(changes).all():
         raise InputError("the network's output became NaN or infinite; finite weights are needed; try --dtype float32")
     inputs, residuals, growths, *differences = changes.T
-    first, networks = requests[0], pipe.networks
+    starts = tuple(phase.first for phase in first.phases)
+    within = ~np.isin(np.arange(1, first.config.steps), starts)
     calibration = Calibration(
         **calibrated_for(config, networks.checkpoint, networks.loras, first.task, first.shift),
-        steps=config.steps,
-        guidance=config.guidance,
+        steps=first.config.steps,
+        guidance=max(first.guidance, key=lambda scale: abs(scale - 1)),
         frames=config.frames,
         height=first.height,
         width=first.width,
@@ -149,9 +169,10 @@ def calibrate(config: SampleConfig, prompts: Sequence[dict[str, Any]] = ({},)) -
         magnitude=_floats(np.cumsum([0, *growths])),
         input_change=_floats(inputs),
         residual_change=_floats(residuals),
-        polynomial=_floats(fit(inputs, residuals)),
+        polynomial=_floats(fit(inputs[within], residuals[within])),
         thresholds={},
         difference_change=_floats(differences[0]) if differences else (),
+        starts=starts,
     )
     return dataclasses.replace(calibration, thresholds=halving(calibration))
 
@@ -177,14 +198,16 @@ def schedules(calibration: Calibration) -> dict[str, Callable[[float], np.ndarra
     foretold = np.maximum(np.polyval(calibration.polynomial, calibration.input_change), 0)
     ratios = calibration.ratios(np.asarray(calibration.sigmas))
     return {
-        "teacache": functools.partial(change_schedule, foretold),
-        "magcache": functools.partial(caching.magnitude_schedule, ratios),
+        "teacache": functools.partial(change_schedule, foretold, starts=calibration.starts),
+        "magcache": functools.partial(caching.magnitude_schedule, ratios, starts=calibration.starts),
     }
 
 
-def change_schedule(changes: np.ndarray, threshold: float) -> np.ndarray:
-    """teacache: at which steps the blocks are run, bool `[n]`, for changes `[n - 1]` foretold from step to step."""
-    recompute, total = np.isin(np.arange(len(changes) + 1), (0, len(changes))), 0.0
+def change_schedule(changes: np.ndarray, threshold: float, starts: Sequence[int] = (0,)) -> np.ndarray:
+    """teacache: at which steps the blocks are run, bool `[n]`, for changes `[n - 1]` foretold from step to step and
+    steps at which nothing is kept yet.
+    """
+    recompute, total = np.isin(np.arange(len(changes) + 1), (0, *starts, len(changes))), 0.0
     for i, change in enumerate(changes, start=1):
         total += change
         recompute[i] |= total >= threshold

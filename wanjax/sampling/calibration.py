@@ -11,8 +11,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,23 @@ import numpy as np
 from wanjax.config import SampleConfig
 from wanjax.errors import InputError
 from wanjax.files import replacing
+from wanjax.sampling.steps import boundary_name
+from wanjax.settings import Config
+from wanjax.untrusted import read_json
 from wanjax.weights import Checkpoint
+from wanjax.weights.layouts import EXPERTS
 from wanjax.weights.lora_files import LoRAFile
+from wanjax.weights.mapping import NetworkName
 
 FORMAT = "wanjax calibration 1"
-MUST_AGREE = ("weights", "task", "shift", "solver", "conventions")
+MUST_AGREE = ("weights", "task", "shift", "solver", "conventions", "boundary")
+
+Loras = Mapping[NetworkName, Sequence[LoRAFile]]
+"""Adapters by DiT."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
+class Calibration(Config):
     """The measurements, means over prompts and branches.
 
     weights .. conventions: what they are valid for; `weights` is a `fingerprint`.
@@ -41,6 +50,8 @@ class Calibration:
     thresholds: for teacache and magcache: thresholds that run the blocks in about half of the steps measured.
     difference_change: `[steps - 1]`: L1 changes, from each step to the next, of the unconditional less the conditional
       velocity, relative to the conditional one; empty if measured without guidance.
+    boundary: of two experts (see `steps.boundary_name`); None for one DiT.
+    starts: steps at which an expert begins. From the step before to such a one all changes are 0: networks differ.
     """
 
     weights: str
@@ -62,6 +73,8 @@ class Calibration:
     thresholds: dict[str, float]
     format: str = FORMAT
     difference_change: tuple[float, ...] = ()
+    boundary: str | None = None
+    starts: tuple[int, ...] = (0,)
 
     def ratios(self, sigmas: np.ndarray) -> np.ndarray:
         """The residual's magnitude at each of `sigmas` `[n]` (falling) over that at the one before; the first is 1."""
@@ -97,7 +110,7 @@ def read(path: str) -> Calibration:
     """
     advice = "a file that wanjax calibrate wrote is accepted; give one, or make it anew"
     try:
-        values: dict[str, Any] = json.loads(Path(path).read_text())
+        values: dict[str, Any] = read_json(path)
         values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
         calibration = Calibration(**values)
         curves = (calibration.magnitude, calibration.sigmas, (0.0, *calibration.input_change))
@@ -117,9 +130,7 @@ def read(path: str) -> Calibration:
     return calibration
 
 
-def read_for(
-    config: SampleConfig, checkpoint: Checkpoint, loras: Sequence[LoRAFile], task: str, shift: float
-) -> Calibration | None:
+def read_for(config: SampleConfig, checkpoint: Checkpoint, loras: Loras, task: str, shift: float) -> Calibration | None:
     """The calibration that is asked for, if it is for this run.
 
     Raises:
@@ -133,23 +144,27 @@ def read_for(
 
 
 def calibrated_for(
-    config: SampleConfig, checkpoint: Checkpoint, loras: Sequence[LoRAFile], task: str, shift: float
+    config: SampleConfig, checkpoint: Checkpoint, loras: Loras, task: str, shift: float
 ) -> dict[str, Any]:
     """What a calibration's runs and those that use it must have in common: `MUST_AGREE`."""
-    weights = fingerprint(checkpoint, loras)
-    same = {"solver": config.solver, "conventions": config.conventions}
+    weights = weights_fingerprint(checkpoint, loras)
+    boundary = boundary_name(config, checkpoint.boundary)
+    same = {"solver": config.solver, "conventions": config.conventions, "boundary": boundary}
     return {"weights": weights, "task": task, "shift": float(shift), **same}
 
 
-def fingerprint(checkpoint: Checkpoint, loras: Sequence[LoRAFile] = ()) -> str:
+def weights_fingerprint(checkpoint: Checkpoint, loras: Loras = MappingProxyType({})) -> str:
     """Tells the weights of the DiT, with adapters, from others: a hash of files' sizes and of some of their bytes.
 
     Both ends and seven places between are read of each file, so that tens of gigabytes take no time; whoever changes
     single weights elsewhere is not found out.
     """
     digest = hashlib.sha256()
-    files = [(file.path, 1.0) for file in checkpoint.weights("dit").files]
-    for path, strength in [*files, *((lora.path, lora.strength) for lora in loras)]:
+    files: list[tuple[Path, float]] = []
+    for name in EXPERTS[: checkpoint.experts]:
+        files += [(file.path, 1.0) for file in checkpoint.weights(name).files]
+        files += [(lora.path, lora.strength) for lora in loras.get(name, ())]
+    for path, strength in files:
         size = path.stat().st_size
         digest.update(f"{size} {strength}\n".encode())
         with path.open("rb") as stream:

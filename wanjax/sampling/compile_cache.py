@@ -9,18 +9,21 @@ kernels), shapes, dtypes and shardings. Whoever finds the file neither traces no
 by itself are in JAX's own persistent cache beside it, see `use_persistent_cache`.
 
 Files are whole or not there; one that is damaged or cannot be loaded is compiled anew and written again. They are
-pickles, so the folder must be one that others cannot write to. To empty it, delete it.
+programs, and pickles: a folder or a file that others own or may write to is left alone, with a line that says so. To
+empty the folder, delete it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,12 @@ import jax
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 
-from wanjax.files import replacing
+from wanjax.errors import InputError, one_line
+from wanjax.files import check_name, replacing, try_place
+from wanjax.untrusted import others_may_write, read_bytes, reason
 
+MOST_BYTES = 4 * 2**30
+"""Of a compiled program."""
 ENVIRONMENT = "WANJAX_COMPILE_CACHE"
 LIBRARIES = (
     *("jax", "jaxlib", "flax", "qwix", "ml_dtypes", "numpy"),
@@ -48,22 +55,75 @@ OPTIONS = (
 
 
 def cache_folder(choice: str | None) -> Path | None:
-    """Where compiled programs are kept: as chosen, or by the environment, or the user's cache; None for "off"."""
+    """Where compiled programs are kept: as chosen, or by the environment, or the user's cache; None for "off".
+
+    Raises:
+      InputError: the chosen place is no folder, nor a place for one.
+    """
     choice = choice or os.environ.get(ENVIRONMENT)
     if choice == "off":
         return None
-    return Path(choice) if choice else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wanjax"
+    if choice:
+        _check_chosen(Path(choice))
+    if choice:
+        return Path(choice)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wanjax"
+    except RuntimeError:  # a user without a home, as in many containers
+        return None
+
+
+def _check_chosen(folder: Path) -> None:
+    check_name(folder, "--compile-cache")
+    try:
+        place = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is no folder")
+        if not folder.exists():  # which raises where the name is too long
+            try_place(folder.absolute())
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a loop of links is a RuntimeError
+        raise InputError(
+            f"--compile-cache {folder} cannot be used ({reason(error)}); a folder, or a place for one, is accepted; "
+            "choose another, or off"
+        ) from error
 
 
 def use_persistent_cache(folder: Path | None) -> None:
     """Lets JAX keep what it compiles by itself, however small; where the user named a place for that, there."""
-    if folder is None:
+    if folder is None or not trusted(folder) or not trusted(folder / "jax"):
+        return
+    try:
+        for place in (folder, folder / "jax"):  # JAX would make some that others may write to, where the umask lets it
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        _say_not_kept(folder, error)
         return
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(folder / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # if something was compiled before, JAX would not look again
+
+
+def trusted(place: Path) -> bool:
+    """Whether programs may be taken from a folder or file: it is the user's own, or not there yet. Says if not."""
+    try:
+        why = others_may_write(place)
+    except OSError:
+        return True
+    if why is not None:
+        _say(f"compiled programs in {place} are left alone: {why}; see wanjax's SECURITY.md")
+    return why is None
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print it, once."""
+    print(one_line(line), file=sys.stderr)
+
+
+def _say_not_kept(folder: Path, error: Exception) -> None:
+    _say(f"compiled programs cannot be kept in {folder} ({reason(error)}); the next start compiles again")
 
 
 class ExecutableCache:
@@ -79,7 +139,7 @@ class ExecutableCache:
 
     def __call__(self, function: Any, *args: Any) -> Any:
         """`function(*args)`; it has no static arguments."""
-        if self.folder is None:
+        if self.folder is None or not trusted(self.folder):
             return function(*args)
         name = cache_key(function, args)
         if name in self._programs:
@@ -97,8 +157,10 @@ class ExecutableCache:
 
     def _load(self, name: str, args: tuple) -> Any:
         assert self.folder is not None
+        if not trusted(self.folder / name):
+            return None
         try:
-            digest, payload = (data := (self.folder / name).read_bytes())[:32], data[32:]
+            digest, payload = (data := read_bytes(self.folder / name, MOST_BYTES))[:32], data[32:]
             if hashlib.sha256(payload).digest() != digest:
                 return None
             serialized, result = pickle.loads(payload)
@@ -118,9 +180,10 @@ class ExecutableCache:
             payload = pickle.dumps((serialized, jax.tree.unflatten(out_tree, range(out_tree.num_leaves))))
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with replacing(self.folder / name) as path:
+                path.touch(mode=0o600)  # whoever could write to it could run code
                 path.write_bytes(hashlib.sha256(payload).digest() + payload)
-        except Exception:  # a platform that cannot, or a full disk: the program runs all the same
-            return program
+        except Exception as error:  # a platform that cannot, or a full disk: the program runs all the same
+            _say_not_kept(self.folder, error)
         return program
 
 

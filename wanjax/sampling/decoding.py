@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from sharding.rules import replicate
+from sharding.xla_options import VAE_OPTIONS
 from wanjax.conditioning.frames import to_uint8
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import Cache
@@ -34,7 +35,7 @@ def decode_video(
     return np.concatenate(chunks)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache", compiler_options=VAE_OPTIONS)
 def decode_chunk(vae: VAE, latents: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """`VAE.decode_chunk` of one video, as uint8 `[F, H, W, 3]`, whole on every device."""
     video, cache = vae.decode_chunk(latents, cache)

@@ -14,53 +14,55 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from sharding.distributed import is_main
 from sharding.mesh import MeshShape, make_mesh, parse_mesh, sampling_mesh
 from sharding.ulysses import check_heads
 from wanjax.conditioning.encoders import Encoders, encoder_configs
 from wanjax.conditioning.text import Tokenizer
-from wanjax.config import NETWORK_FIELDS, DiTConfig, SampleConfig
+from wanjax.config import NETWORK_FIELDS, DiTConfig, SampleConfig, VAEConfig
 from wanjax.diffusion import denoise as denoising
 from wanjax.diffusion.caching import Cached, CacheState
 from wanjax.diffusion.denoise import Guided, Predictor, denoise
 from wanjax.errors import InputError
 from wanjax.models.dit import Context, DiT
-from wanjax.ops.attention import check_choice
+from wanjax.sampling import presets
 from wanjax.sampling.cache_rules import switches
+from wanjax.sampling.choices import choose_checkpoint, choose_dit
 from wanjax.sampling.compile_cache import ExecutableCache, cache_folder
 from wanjax.sampling.decoding import decode_video
-from wanjax.sampling.memory import choose_keep
+from wanjax.sampling.extend_prompt import write_out
+from wanjax.sampling.given import resolved
+from wanjax.sampling.memory import choose_keep, choose_resident
+from wanjax.sampling.preview import Linear, Preview, Tiny, fit
 from wanjax.sampling.request import Request, make_request
 from wanjax.sampling.result import Result
-from wanjax.weights import Checkpoint, lora
-from wanjax.weights.hub import checkpoint_folder
-from wanjax.weights.lora_files import LoRAFile
+from wanjax.sampling.stages import Progress, Stages
+from wanjax.sampling.steps import Phase, is_guided
+from wanjax.weights.mapping import NetworkName
 from wanjax.weights.networks import Keep, Networks
-from wanjax.weights.quantize import requantized
 
 
 class Conditions(NamedTuple):
     """What guides the denoising: text features `[b, l, text_dim]`, CLIP features `[1, l, image_dim]` of the given
-    frames, the control branch `[1, f, h, w, 20]`; None for what the network does not take.
+    frames, the image condition `[1, f, h, w, 20]`; None for what the network does not take.
     """
 
     text: jax.Array
     image: jax.Array | None
-    control: jax.Array | None
+    image_condition: jax.Array | None
 
 
 class Step(NamedTuple):
-    """What `on_step` is told: steps done, of how many, latents `[1, f, h, w, c]` and the predictor's memory.
+    """What `on_step` is told: steps done, of how many, latents `[1, f, h, w, c]` and the predictor's memory; and `x0`,
+    what the network expects of the latents, noise taken out: `Pipeline.preview` makes pictures of it.
 
     The next step takes the arrays' memory: copy what is to be kept.
     """
@@ -69,9 +71,17 @@ class Step(NamedTuple):
     steps: int
     latents: jax.Array
     memory: Any
+    x0: jax.Array
 
 
-MakePredictor = Callable[[Request, DiT, Context, jax.Array | None], Predictor]
+class Expert(NamedTuple):
+    """A DiT that steps are taken with, without what only contexts need, and its contexts by number of branches."""
+
+    dit: DiT
+    contexts: dict[int, Context]
+
+
+MakePredictor = Callable[[Request, DiT, Context, jax.Array | None, float], Predictor]
 
 
 class Pipeline:
@@ -82,6 +92,7 @@ class Pipeline:
       networks: see `wanjax.weights.networks.Networks`.
       encoders: of prompts and pictures.
       mesh: that everything runs on.
+      resident: whether two experts are on the devices together.
 
     Args:
       config: its fields in `wanjax.config.NETWORK_FIELDS` are the pipeline's, the others defaults of its requests.
@@ -93,15 +104,21 @@ class Pipeline:
     """
 
     def __init__(self, config: SampleConfig, keep: Keep | str = "auto"):
+        config = presets.fill(config)
         checkpoint = choose_checkpoint(config)
         dit, loras, merged = choose_dit(config, checkpoint)
         vae, umt5, clip = encoder_configs(checkpoint, dit, jnp.dtype(config.dtype))
-        tokenizer = Tokenizer(checkpoint.tokenizer_dir, dit.text_len)
+        tokenizer = Tokenizer(checkpoint.tokenizer, dit.text_len)
         self.config, self.dit, self.mesh = config, dit, choose_mesh(config, dit)
-        self.networks = Networks(checkpoint, {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip}, "one", loras, merged)
+        configs: dict[NetworkName, Any] = {"dit": dit, "umt5": umt5, "vae": vae, "clip": clip}
+        if checkpoint.experts == 2:
+            configs["dit_low"] = dit
+        self.networks = Networks(checkpoint, configs, "one", loras, merged)
         self.networks.keep = choose_keep(keep, self.networks, self.mesh)
+        self.resident = choose_resident(config.experts, self.networks, self.mesh)
         self.programs = ExecutableCache(cache_folder(config.compile_cache))
         self.encoders = Encoders(self.networks, dit, tokenizer, self.programs)
+        self._linear: Linear | None = None
 
     @classmethod
     def from_pretrained(cls, checkpoint: str, *, keep: Keep | str = "auto", **settings: Any) -> Pipeline:
@@ -127,15 +144,35 @@ class Pipeline:
         Raises:
           InputError: a setting that is unknown or cannot be used.
         """
-        config = changed(self.config, settings, set(FIELDS) - set(NETWORK_FIELDS))
+        return self.request(self.resolved(**settings))
+
+    def resolved(self, **settings: Any) -> SampleConfig:
+        """The pipeline's configuration with these settings, and with the pictures that `--continue` and `--loop` mean.
+
+        Raises:
+          InputError: as `prepare`.
+        """
+        return resolved(changed(self.config, settings, set(FIELDS) - set(NETWORK_FIELDS)))
+
+    def request(self, config: SampleConfig) -> Request:
+        """As `prepare`, of a configuration that is `resolved`."""
+        if config.loop or (config.window or config.frames) < config.frames:
+            raise InputError(
+                "a loop, or a window shorter than the video, which one request cannot make; "
+                "wanjax.sampling.windows.sample is for these; leave them out, or use it"
+            )
         check_cfg_cache(config, self.mesh)
-        return make_request(config, self.networks, self.encoders)
+        config, notes = write_out(config)
+        request = make_request(config, self.networks, self.encoders)
+        return dataclasses.replace(request, notes=(*notes, *request.notes))
 
     def __call__(
         self,
         request: Request | None = None,
         *,
         on_step: Callable[[Step], Any] | None = None,
+        on_latents: Callable[[np.ndarray], Any] | None = None,
+        on_progress: Callable[[Progress], Any] | None = None,
         predictor: MakePredictor | None = None,
         decode: bool = True,
         progress: bool = True,
@@ -146,6 +183,8 @@ class Pipeline:
         Args:
           request: from `prepare`; or else settings for it.
           on_step: called after every step. What it raises ends the run.
+          on_latents: called with the final latents, `[1, f, h, w, c]`, before they are decoded, which may fail.
+          on_progress: called when a stage begins, and as it goes on. What it raises ends the run.
           predictor: makes what says the velocities; None: as the request's switches say.
           decode: whether latents become a video.
           progress: whether to show a progress bar for each stage.
@@ -154,29 +193,34 @@ class Pipeline:
           InputError: as `prepare`; or the latents became NaN or infinite.
         """
         request = request or self.prepare(**settings)
-        stages = Stages(progress)
+        stages = Stages(progress, on_progress)
         with self.placed():
             conditions = self.encode(request, stages)
-            with stages("DiT", 1) as tick:
-                dit, context = self.load_dit(conditions)
-                tick()
-            with stages("denoise", request.config.steps) as tick:
-                velocity = (predictor or make_predictor)(request, dit, context, conditions.control)
-                del dit, context  # the predictor has them
-                carry = denoising.start(velocity, request.noise)
-                for i in range(request.config.steps):
-                    carry = self.programs(denoise, velocity, request.schedule, carry, i, i + 1)
-                    jax.block_until_ready(carry)  # so that the progress bar tells the truth
-                    tick()
-                    if on_step is not None:
-                        on_step(Step(i + 1, request.config.steps, carry[0].sample, carry[1]))
-            (latents, *_), memory = carry
-            del velocity, carry
+            latents, evaluations = self.denoise(request, conditions, predictor or make_predictor, stages, on_step)
             check_finite(latents)
+            if on_latents is not None:
+                on_latents(np.asarray(latents))
             no_video = np.zeros((0, request.height, request.width, 3), np.uint8)
             video = self.decode(latents, stages) if decode else no_video
-        evaluations = float(memory.evaluations) if isinstance(memory, CacheState) else float(request.config.steps)
         return Result(np.asarray(latents), video, request.config.fps, stages.seconds, evaluations)
+
+    def preview(self, decoder: str | Path | None = None) -> Preview:
+        """What makes small pictures of latents, for `on_step`; see `wanjax.sampling.preview`.
+
+        Args:
+          decoder: TAEHV's file; None: a linear map, fitted to the VAE when it is first asked for.
+
+        Raises:
+          InputError: as `preview.Tiny`, or the VAE cannot be loaded.
+        """
+        vae: VAEConfig = self.networks.configs["vae"]
+        if decoder is not None:
+            return Tiny(decoder, vae.z_dim)
+        if self._linear is None:
+            with self.placed():
+                self._linear = fit(lambda clip: self.encoders.latents(clip), vae)
+            self.networks.release("vae")
+        return self._linear
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[None]:
@@ -188,7 +232,7 @@ class Pipeline:
 
     def encode(self, request: Request, stages: Stages) -> Conditions:
         """All that comes before the denoising. The VAE stays for decoding."""
-        encoders, image, control = self.encoders, None, None
+        encoders, image, image_condition = self.encoders, None, None
         with stages("text", 1) as tick:
             text = encoders.text(*request.tokens)
             tick()
@@ -196,19 +240,73 @@ class Pipeline:
             with stages("images", 1) as tick:
                 image = encoders.images(request.clip_pixels)
                 tick()
-        if encoders.has_control:
+        if encoders.has_image_condition:
             with stages("VAE encode", request.noise.shape[1]) as tick:
-                control = encoders.control(request.frames, request.given, (request.height, request.width), tick)
-        return Conditions(text, image, control)
+                image_condition = encoders.image_condition(
+                    request.frames, request.given, (request.height, request.width), tick
+                )
+        return Conditions(text, image, image_condition)
 
-    def load_dit(self, conditions: Conditions) -> tuple[DiT, Context]:
-        """The network without what only the context needs, a quarter of the weights; and the context."""
-        dit, image = self.networks["dit"], conditions.image
-        if image is not None:
-            image = jnp.repeat(image, len(conditions.text), axis=0)  # both branches of guidance see the frames
-        context = self.programs(make_context, dit, conditions.text, image)
-        self.networks.release("dit")
-        return dit.without_context(), jax.block_until_ready(context)
+    def denoise(
+        self,
+        request: Request,
+        conditions: Conditions,
+        predictor: MakePredictor,
+        stages: Stages,
+        on_step: Callable[[Step], Any] | None,
+    ) -> tuple[jax.Array, float]:
+        """Latents `[1, f, h, w, c]`, and the DiT's forward passes: one solver's state through all phases."""
+        experts: dict[NetworkName, Expert] = {}
+        state, evaluations = denoising.initial(request.noise), 0.0
+        for phase in request.phases:
+            if phase.expert not in experts:
+                experts.clear()  # first: there may be no room for two
+                experts |= self.load_experts(request, phase, conditions, stages)
+            with stages("denoise", phase.stop - phase.first) as tick:
+                dit, contexts = experts[phase.expert]
+                scale = request.guidance[phase.first]
+                velocity = predictor(request, dit, contexts[phase.branches], conditions.image_condition, scale)
+                del dit, contexts  # the predictor has them
+                carry = denoising.enter(velocity, state)
+                for i in range(phase.first, phase.stop):
+                    if request.guidance[i] != scale:
+                        scale = request.guidance[i]
+                        velocity = velocity.with_guidance(scale)
+                    carry = self.programs(denoise, velocity, request.schedule, carry, i, i + 1)
+                    jax.block_until_ready(carry)  # so that the progress bar tells the truth
+                    tick()
+                    if on_step is not None:
+                        on_step(Step(i + 1, request.config.steps, carry[0].sample, carry[1], carry[0].x0))
+            state, memory = carry
+            evaluations += memory.evaluations if isinstance(memory, CacheState) else phase.stop - phase.first
+            del velocity, carry, memory
+        return state.sample, float(evaluations)
+
+    def load_experts(
+        self, request: Request, phase: Phase, conditions: Conditions, stages: Stages
+    ) -> dict[NetworkName, Expert]:
+        """The network of a phase, or those of all, without what only contexts need, a quarter of the weights; and the
+        contexts by number of branches. If another network is to come, its files are read meanwhile.
+        """
+        names: list[NetworkName] = list(dict.fromkeys(p.expert for p in request.phases))
+        later = [] if self.resident else names[names.index(phase.expert) + 1 :]
+        wanted: list[NetworkName] = names if self.resident else [phase.expert]
+        experts: dict[NetworkName, Expert] = {}
+        with stages("DiT", len(wanted)) as tick:
+            for name in wanted:
+                dit, contexts = self.networks[name], {}
+                for branches in {p.branches for p in request.phases if p.expert == name}:
+                    text, image = conditions.text, conditions.image
+                    text = text if len(text) == branches else text[:branches]
+                    if image is not None:
+                        image = jnp.repeat(image, branches, axis=0)  # both branches of guidance see the frames
+                    contexts[branches] = jax.block_until_ready(self.programs(make_context, dit, text, image))
+                self.networks.release(name)
+                experts[name] = Expert(dit.without_context(), contexts)
+                tick()
+        if later:
+            self.networks.read_ahead(later[0])
+        return experts
 
     def decode(self, latents: jax.Array, stages: Stages) -> np.ndarray:
         """Latents `[1, f, h, w, c]` to uint8 frames `[F, H, W, 3]`; the VAE has then done its part."""
@@ -218,33 +316,20 @@ class Pipeline:
         return video
 
 
-class Stages:
-    """Shows and times the stages of a run: `with stages(name, total) as tick`. `seconds` are by stage."""
-
-    def __init__(self, progress: bool = True):
-        self.progress, self.seconds = progress, {}
-
-    @contextlib.contextmanager
-    def __call__(self, name: str, total: int) -> Iterator[Callable[[], None]]:
-        """A progress bar with time left; yields what moves it on."""
-        start = time.perf_counter()
-        with tqdm(
-            total=total, desc=f"{name:10s}", dynamic_ncols=True, disable=not (self.progress and is_main())
-        ) as bar:
-            yield lambda: (bar.update(), None)[1]
-        self.seconds[name] = time.perf_counter() - start
-
-
 @jax.jit
 def make_context(dit: DiT, text: jax.Array, image: jax.Array | None) -> Context:
     """`DiT.context`."""
     return dit.context(text, image)
 
 
-def make_predictor(request: Request, dit: DiT, context: Context, control: jax.Array | None) -> Predictor:
+def make_predictor(
+    request: Request, dit: DiT, context: Context, image_condition: jax.Array | None, guidance: float
+) -> Predictor:
     """What says the velocities of a request: the whole network, or what its caches leave of it."""
-    plain = (dit, context, control, request.config.guidance)
-    return Guided(*plain) if request.rules is None else Cached(*plain, request.rules)
+    plain, rules = (dit, context, image_condition, guidance), request.rules
+    if rules is not None and context.k.shape[1] == 1:  # steps without guidance have no branch to leave out
+        rules = rules._replace(uncond_interval=None, may_skip_uncond=None)
+    return Guided(*plain) if rules is None or all(rule is None for rule in rules) else Cached(*plain, rules)
 
 
 def check_finite(latents: jax.Array) -> None:
@@ -257,7 +342,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(SampleConfig))
 
 
 def changed(config: SampleConfig, settings: dict[str, Any], accepted: set[str]) -> SampleConfig:
-    """The configuration with some fields replaced.
+    """The configuration with some fields replaced; of a preset among them those that are not said beside it.
 
     Raises:
       InputError: a setting is not one of those accepted.
@@ -266,35 +351,9 @@ def changed(config: SampleConfig, settings: dict[str, Any], accepted: set[str]) 
         name = sorted(unknown)[0]
         where = "; it belongs to the networks: give it to Pipeline.from_pretrained" if name in FIELDS else ""
         raise InputError(f"setting {name}={settings[name]!r}{where}; accepted: {', '.join(sorted(accepted))}")
-    return dataclasses.replace(config, **settings)
-
-
-def choose_checkpoint(config: SampleConfig) -> Checkpoint:
-    """The checkpoint that is asked for: a folder, or one of the Hugging Face hub.
-
-    Raises:
-      InputError: none is, or as `checkpoint_folder` and `Checkpoint`.
-    """
-    if config.checkpoint is None:
-        raise InputError("no checkpoint; a folder in the Diffusers or the official layout is needed; give --checkpoint")
-    return Checkpoint(checkpoint_folder(config.checkpoint))
-
-
-def choose_dit(config: SampleConfig, checkpoint: Checkpoint) -> tuple[DiTConfig, tuple[LoRAFile, ...], bool]:
-    """The DiT with the dtype, format and attention that are asked for; its adapters, and whether to merge them.
-
-    Raises:
-      InputError: the checkpoint has none, has it in another format, or there is no such attention on this device; or as
-        `lora.parse` and `lora.check`.
-    """
-    dtype = jnp.dtype(config.dtype)
-    dit = checkpoint.config("dit", dtype=dtype, param_dtype=dtype)
-    is_quantized = dit.quantize != "off"
-    dit = dataclasses.replace(requantized(dit, config.quantize), attention=config.attention)
-    loras = lora.parse(config.lora)
-    lora_merged = lora.check(loras, dit, is_quantized, config.lora_merge)
-    check_choice(config.attention, dtype, jax.devices()[0].platform)
-    return dit, loras, lora_merged
+    if settings.get("preset"):
+        config = presets.apply(config, settings["preset"])
+    return dataclasses.replace(config, **settings | {"preset": None})
 
 
 def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
@@ -312,7 +371,7 @@ def choose_mesh(config: SampleConfig, dit: DiTConfig) -> Mesh:
     else:
         devices = devices[:1] if devices[0].platform == "cpu" else devices
         # With guidance, its branches go to different devices.
-        shape = sampling_mesh(len(devices), dit.num_heads, config.guidance != 1 and uncond_interval == 1)
+        shape = sampling_mesh(len(devices), dit.num_heads, is_guided(config) and uncond_interval == 1)
     check_heads(dit.num_heads, shape.ulysses)
     return make_mesh(shape, devices)
 
@@ -321,7 +380,7 @@ def check_cfg_cache(config: SampleConfig, mesh: Mesh) -> None:
     """Raises `InputError` where the CFG cache would let devices wait."""
     _, _, uncond_interval = switches(config)
     shape = MeshShape(**dict(mesh.shape))
-    if config.guidance != 1 and uncond_interval > 1 and shape.batch == 2:
+    if is_guided(config) and uncond_interval > 1 and shape.batch == 2:
         raise InputError(
             f"cfg-cache {uncond_interval} on mesh {shape}, where the unconditional branch's own devices would wait; "
             "data * fsdp other than 2 is accepted; give those devices to ring or ulysses, or leave --cfg-cache out"

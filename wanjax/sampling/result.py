@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from wanjax import media
+from wanjax.sampling.request import Request
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -51,3 +52,13 @@ class Result:
             data = self.save(Path(folder) / "video.mp4").read_bytes()
         source = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
         return f'<video controls loop autoplay muted src="{source}"></video>'
+
+
+def given_psnr(request: Request, result: Result) -> dict[int, float]:
+    """How well the video shows each given picture, dB, by its frame: a flash or a jump there is seen in it."""
+    indices = np.flatnonzero(request.given)
+    shown = result.video[indices].astype(np.float64) / 255  # [k, H, W, 3]
+    pictures = np.clip((request.frames.astype(np.float64) + 1) / 2, 0, 1)
+    errors = np.mean((shown - pictures) ** 2, axis=(1, 2, 3))
+    psnr = -10 * np.log10(np.maximum(errors, 1e-10))
+    return {int(i): float(x) for i, x in zip(indices, psnr, strict=True)}

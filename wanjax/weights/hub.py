@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from wanjax.errors import InputError
+from wanjax.remote import fetch, is_address
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """OWNER/NAME."""
@@ -19,11 +20,13 @@ def checkpoint_folder(name: str | Path) -> Path:
     `HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN` and the like are the hub library's own.
 
     Args:
-      name: a folder, or OWNER/NAME where there is no such folder.
+      name: a folder, the address of one in a bucket, or OWNER/NAME where there is no such folder.
 
     Raises:
       InputError: it is on the hub only, and the hub's library is not installed, or cannot get it.
     """
+    if is_address(name):
+        return fetch(name)
     if Path(name).exists() or not HUB_ID.fullmatch(str(name)):
         return Path(name)
     try:

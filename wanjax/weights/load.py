@@ -4,78 +4,152 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
-from wanjax.config import DiTConfig
+from wanjax.config import DiTConfig, check_network
 from wanjax.errors import InputError
-from wanjax.ops.quantized import Format, quantize_weight
-from wanjax.weights.extra import Extra
+from wanjax.remote import fetch
+from wanjax.settings import SettingError
+from wanjax.weights.extra import MOST_SHIFT, Extra
 from wanjax.weights.layouts import (
-    NETWORKS,
+    EXPERTS,
+    PARTS,
     TOKENIZER,
     Settings,
     TensorShapes,
     Weights,
+    count_experts,
     detect,
     network_place,
     tensor_files,
 )
 from wanjax.weights.mapping import Entry, LayoutName, NetworkName, Shape, expand, match
+from wanjax.weights.placing import Changes, ChooseSharding, Placer
+from wanjax.weights.single import FLAGS, SingleFile
 from wanjax.weights.tables.dit import read_quantization
-from wanjax.weights.tensors import Reader, TensorFile, copy
+from wanjax.weights.tensors import TensorInfo
 
-ChooseSharding = Callable[[tuple[str, ...], nnx.Param], Sharding]
-Changes = Mapping[tuple[str, int | None], Callable[[jax.Array], jax.Array]]
-"""What becomes of parameters, or of single layers of them, by path and layer; see `Checkpoint.load`."""
+NOT_OF_TENSORS = ("text_len", "max_distance", "image_size")
+"""Numbers of a configuration that no tensor's size follows."""
+BOUNDARIES = {"t2v": 0.875, "i2v": 0.9, "flf2v": 0.9}
+"""By task, where a checkpoint of two experts does not say its own: those of the official configurations (Wan2.2)."""
 
 
 class Checkpoint:
-    """A published Wan2.1 checkpoint on disk.
+    """A published checkpoint of Wan2.1, or of Wan2.2's two experts, on disk.
 
     Attributes:
-      path: its folder.
-      layout: "diffusers" or "official".
+      path: its folder; where there are files alone, that of the first.
+      is_folder: whether there is a checkpoint's folder.
+      layout: "diffusers" or "official"; of files alone, as their DiT is spelt.
+      files: of networks that have a file of their own.
+      experts: how many DiTs it has: 1, or 2 of which "dit" is for high noise and "dit_low" for low.
       extra: what a conversion kept beside it, if it was converted.
 
+    Args:
+      path: a folder; None: files say all.
+      files: of single networks, in place of the folder's.
+      tokenizer: a `tokenizer.json`, or a folder with one, in place of the folder's.
+
     Raises:
-      InputError: the folder has neither layout, or is one of Wan2.2.
+      InputError: the folder has neither layout, or lacks one of two experts, or as `SingleFile`.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.layout: LayoutName = detect(self.path)
-        self.extra = Extra.read(self.path)
+    def __init__(
+        self,
+        path: str | Path | None,
+        files: Mapping[NetworkName, str | Path] = MappingProxyType({}),
+        tokenizer: str | Path | None = None,
+    ):
+        self.files = {name: SingleFile(file, name) for name, file in files.items()}
+        self.is_folder, self._tokenizer = path is not None, tokenizer
         self._weights: dict[str, Weights] = {}
-        index = self.path / "model_index.json"
-        if index.is_file() and (Settings(index).get("transformer_2") or [None])[0] is not None:
-            raise InputError(f"{self.path} has two transformers (Wan2.2); give a checkpoint of Wan2.1.")
+        if path is not None:
+            self.path = fetch(path)
+            self.layout: LayoutName = detect(self.path)
+            self.extra = Extra.read(self.path)
+            self.experts = count_experts(self.path, self.layout)
+        else:
+            first = next(iter(self.files.values()))
+            self.path, self.layout, self.extra, self.experts = first.path.parent, first.layout, None, 1
+        if "dit_low" in self.files:
+            if self.experts == 1 and "dit" not in self.files:
+                raise InputError(
+                    f"--dit-low {self.files['dit_low'].path} without its expert for high noise; give that too, as --dit"
+                )
+            self.experts = 2
 
     def has(self, network: NetworkName) -> bool:
         """Whether the checkpoint holds the network."""
-        folder, stem = network_place(self.path, self.layout, network)
+        if network in self.files:
+            return True
+        if not self.is_folder or (network == "dit_low" and self.experts == 1):
+            return False
+        folder, stem = self.place(network)
         return folder.is_dir() if self.layout == "diffusers" else bool(tensor_files(folder, stem))
 
+    def place(self, network: NetworkName) -> tuple[Path, str]:
+        """Folder and stem of the network's tensor files."""
+        return network_place(self.path, self.layout, network, self.experts)
+
+    def layout_of(self, network: NetworkName) -> LayoutName:
+        """Whose names the network's tensors have."""
+        return self.files[network].layout if network in self.files else self.layout
+
     @property
-    def tokenizer_dir(self) -> Path:
-        """Folder of umT5's tokenizer."""
-        return self.path / TOKENIZER[self.layout]
+    def tokenizer(self) -> Path | bytes:
+        """umT5's tokenizer: its folder, its file or, where umT5's file alone has one inside, what a file would hold."""
+        if self._tokenizer is not None:
+            return Path(self._tokenizer)
+        folder = self.path / TOKENIZER[self.layout]
+        file = self.files.get("umt5")
+        inside = None if file is None or (self.is_folder and folder.is_dir()) else file.tokenizer
+        return folder if inside is None else inside
+
+    @property
+    def boundary(self) -> float | None:
+        """The timestep / 1000 from which on upwards the expert for high noise works; None for one DiT.
+
+        Raises:
+          InputError: what the checkpoint says is no number between 0 and 1.
+        """
+        if self.experts == 1:
+            return None
+        index = self.path / "model_index.json"
+        is_said = self.is_folder and self.layout == "diffusers" and index.is_file()
+        said = Settings(index).get("boundary_ratio") if is_said else None
+        if said is None and self.extra:
+            said = self.extra.boundary
+        if said is None:
+            return BOUNDARIES[self.config("dit").task]
+        if not (isinstance(said, int | float) and 0 <= said <= 1):
+            raise InputError(f"{index} has boundary_ratio = {said}; 0 to 1 is accepted; download it again.")
+        return float(said)
 
     @property
     def flow_shift(self) -> float | None:
-        """The schedule's shift, where the checkpoint says it."""
+        """The schedule's shift, where the checkpoint says it.
+
+        Raises:
+          InputError: what the checkpoint says is no shift.
+        """
         file = self.path / "scheduler/scheduler_config.json"
-        if self.layout == "diffusers" and file.is_file():
+        if self.is_folder and self.layout == "diffusers" and file.is_file():
             settings = Settings(file)
-            return settings.get("flow_shift", settings.get("shift"))
+            said = settings.get("flow_shift", settings.get("shift"))
+            if said is not None and (not isinstance(said, int | float) or not 0 < said <= MOST_SHIFT):
+                raise InputError(f"{file} has flow_shift = {said}; above 0 to {MOST_SHIFT} is accepted; correct it.")
+            return said
         return self.extra.flow_shift if self.extra else None
 
     def config(self, network: NetworkName, dtype: DTypeLike = jnp.float32, param_dtype: DTypeLike = jnp.float32) -> Any:
@@ -85,18 +159,22 @@ class Checkpoint:
           InputError: the files are missing or damaged, or the network is not one of Wan2.1.
         """
         self._require(network)
-        numbers = self.extra.numbers.get(network, {}) if self.extra else {}
+        numbers = self.extra.numbers.get(network, {}) if self.extra and network not in self.files else {}
         numbers = {name: tuple(x) if isinstance(x, list) else x for name, x in numbers.items()}
         try:
-            config = NETWORKS[network].read[self.layout](self._settings(network), self._shapes(network))
-            if network == "dit":
-                config = dataclasses.replace(config, **self._quantization(config.num_layers))
-            return _checked(dataclasses.replace(config, **numbers, dtype=dtype, param_dtype=param_dtype))
+            config = PARTS[network].read[self.layout_of(network)](self._settings(network), self._shapes(network))
+            if network in EXPERTS:
+                config = dataclasses.replace(config, **self._quantization(network, config.num_layers))
+            config = dataclasses.replace(config, **numbers, dtype=dtype, param_dtype=param_dtype)
+            return _checked(config, dict(self.weights(network).items()))
         except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-            if isinstance(error, InputError):
+            if isinstance(error, InputError) and not isinstance(error, SettingError):
                 raise
-            where = network_place(self.path, self.layout, network)[0]
-            raise InputError(f"{where} has no usable configuration of the {network} ({error}).") from error
+            where = self.files[network].path if network in self.files else self.place(network)[0]
+            raise InputError(
+                f"{where} has no usable configuration of the {network} ({getattr(error, 'detail', '') or error}); "
+                "the published one is accepted; download it again"
+            ) from error
 
     def check(self, network: NetworkName, config: Any) -> None:
         """Find out, from the files' headers alone, whether `load` would work.
@@ -114,7 +192,7 @@ class Checkpoint:
         A host holds, beyond what its devices keep, about one tensor at a time.
 
         Args:
-          network: "dit", "vae", "umt5" or "clip".
+          network: "dit", "dit_low", "vae", "umt5" or "clip".
           config: from `config`, perhaps with other dtypes, or quantised: each weight then is, as soon as it is read.
           sharding: says where a parameter goes, given its path and its abstract value; the leading axis of stacked
             layers must stay whole. None: a copy on every device of the ambient mesh, or on the default device where
@@ -130,7 +208,7 @@ class Checkpoint:
         matched = self.match(network, config)
         filled = {slot.path for entry in matched.values() for slot in entry.slots}
         scales = {path for path in leaves if path.endswith("kernel_scale")} - filled
-        placer = _Placer(leaves, sharding or replicated, config.quantize if scales else None, changes or {})
+        placer = Placer(leaves, sharding or replicated, config.quantize if scales else None, changes or {})
         for file in self.weights(network).files:
             placer.place_file(file, matched)
         values = [leaf.replace(placer.values[path]) for path, leaf in leaves.items()]
@@ -144,15 +222,16 @@ class Checkpoint:
         """
         if network not in self._weights:
             self._require(network)
-            self._weights[network] = Weights(*network_place(self.path, self.layout, network))
+            file = self.files.get(network)
+            self._weights[network] = Weights(*self.place(network)) if file is None else file.weights
         return self._weights[network]
 
     def match(self, network: NetworkName, config: Any) -> dict[str, Entry]:
         """Which tensor of the files fills which parameter; see `mapping.match`."""
-        table = NETWORKS[network].tables[self.layout]
+        table = PARTS[network].tables[self.layout_of(network)]
         weights = self.weights(network)
         shapes = parameter_shapes(network, config)
-        quantised = network == "dit" and self._check_quantization(config) != "off"
+        quantised = network in EXPERTS and self._check_quantization(network, config) != "off"
         if not quantised:  # it has no scales: `load` finds them
             shapes = {path: shape for path, shape in shapes.items() if not path.endswith("kernel_scale")}
         entries = expand(table, shapes, config)
@@ -162,13 +241,13 @@ class Checkpoint:
                 raise InputError(f"{weights.where} has {key} as {info.dtype}; give a checkpoint that is not quantised.")
         return match(table, entries, {key: info.shape for key, info in weights.items()}, str(weights.where))
 
-    def _quantization(self, num_layers: int) -> dict[str, Any]:
-        place = network_place(self.path, self.layout, "dit")
-        return read_quantization(dict(self.weights("dit").items()) if tensor_files(*place) else {}, num_layers)
+    def _quantization(self, network: NetworkName, num_layers: int) -> dict[str, Any]:
+        there = network in self.files or tensor_files(*self.place(network))
+        return read_quantization(dict(self.weights(network).items()) if there else {}, num_layers)
 
-    def _check_quantization(self, config: DiTConfig) -> str:
+    def _check_quantization(self, network: NetworkName, config: DiTConfig) -> str:
         """The format of the stored DiT, which is that of `config` or "off"."""
-        stored = self._quantization(config.num_layers)
+        stored = self._quantization(network, config.num_layers)
         format = stored["quantize"]
         if format != "off" and (format, stored["quantized_layers"]) != (config.quantize, config.quantized_layers):
             raise InputError(
@@ -179,32 +258,49 @@ class Checkpoint:
 
     def _require(self, network: NetworkName) -> None:
         if not self.has(network):
-            raise InputError(f"{self.path} has no {network}; give a checkpoint that has it.")
+            flag = "--" + FLAGS[network].replace("_", "-")
+            what = f"{self.path} has no {network}" if self.is_folder else f"no {network} is given"
+            raise InputError(f"{what}; give a checkpoint that has it, or its file as {flag}.")
 
     def _settings(self, network: NetworkName) -> Mapping[str, Any]:
-        folder, _ = network_place(self.path, self.layout, network)
-        return Settings(folder / "config.json") if self.layout in NETWORKS[network].write else {}
+        if network in self.files:
+            return self.files[network].settings
+        folder, _ = self.place(network)
+        return Settings(folder / "config.json") if self.layout in PARTS[network].write else {}
 
     def _shapes(self, network: NetworkName) -> Mapping[str, Shape]:
+        if network in self.files:
+            return self.files[network].shapes
         if self.layout == "diffusers":  # its JSON says all
             return {}
-        weights, table = self.weights(network), NETWORKS[network].tables[self.layout]
+        weights, table = self.weights(network), PARTS[network].tables[self.layout_of(network)]
         return TensorShapes({table.bare_name(key): info.shape for key, info in weights.items()}, weights.where)
 
 
-def _checked(config: Any) -> Any:
+def _checked(config: Any, stored: Mapping[str, TensorInfo]) -> Any:
+    """The configuration, if the stored tensors can be of it.
+
+    Before anything is built: a network of a thousand million layers would fill the memory before it did not fit.
+    """
+    check_network(config)
+    numbers = sum(math.prod(info.shape) for info in stored.values())
+    bounds = {"num_layers": len(stored), "num_res_blocks": len(stored), **dict.fromkeys(NOT_OF_TENSORS, 2**20)}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value is None and "None" in str(field.type):
-            continue
-        if type(field.default) in (int, float) and not (isinstance(value, int | float) and value >= 0):
-            raise ValueError(f"{field.name} is {value!r}")
+        most = bounds.get(field.name, max(numbers, 2**10))
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and number > most:
+                raise ValueError(
+                    f"{field.name} is {value!r}, the file's {len(stored):,} tensors are of {most:,} at most"
+                )
+        if isinstance(value, tuple) and len(value) > len(stored):
+            raise ValueError(f"{field.name} has {len(value):,} entries, the file {len(stored):,} tensors")
     return config
 
 
 def abstract_model(network: NetworkName, config: Any) -> Any:
     """The network without weights."""
-    return jax.eval_shape(lambda: NETWORKS[network].build(config, nnx.Rngs(0)))
+    return jax.eval_shape(lambda: PARTS[network].build(config, nnx.Rngs(0)))
 
 
 def parameter_shapes(network: NetworkName, config: Any) -> Mapping[str, Shape]:
@@ -233,79 +329,3 @@ def replicated(path: tuple[str, ...], leaf: nnx.Param) -> Sharding:
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.zeros(()).sharding  # the default device
     return NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
-
-
-class _Placer:
-    """Collects parameters on the devices; those of stacked layers are written into one buffer layer by layer."""
-
-    def __init__(self, leaves: Mapping[str, Any], sharding: ChooseSharding, quantize: Format | None, changes: Changes):
-        self.values: dict[str, jax.Array] = {}
-        self._leaves = leaves
-        self._quantize: Format | None = quantize
-        self._changes = changes
-        self._sharding = {path: sharding(tuple(path.split(".")), leaf) for path, leaf in leaves.items()}
-        self._last: jax.Array | None = None
-
-    def place_file(self, file: TensorFile, matched: Mapping[str, Entry]) -> None:
-        with file.open() as reader:
-            for key in file.infos:
-                if key in matched:
-                    self._place(matched[key], reader.view(key), reader)
-
-    def _place(self, entry: Entry, tensor: np.ndarray, reader: Reader) -> None:
-        for slot, view in entry.split(tensor):
-            leaf, sharding = self._leaves[slot.path], self._sharding[slot.path]
-            change = self._changes.get((slot.path, slot.layer))
-            scale_path = f"{slot.path}_scale"
-            quantize = self._quantize if scale_path in self._leaves else None
-            one = sharding if slot.layer is None else _of_layer(sharding)
-            value = self._put(view, view.dtype if change or quantize else leaf.dtype, one, reader)
-            value = change(value) if change else value
-            if quantize and slot.layer is not None:
-                value, scale = _quantized(value, quantize)
-                self._insert(scale_path, scale, slot.layer)
-            value = value.astype(leaf.dtype)  # once: what was changed or quantised came in the file's dtype
-            if slot.layer is None:
-                self.values[slot.path] = value
-            else:
-                self._insert(slot.path, value, slot.layer)
-
-    def _insert(self, path: str, layer: jax.Array, index: int) -> None:
-        if path not in self.values:
-            leaf = self._leaves[path]
-            self.values[path] = zeros(leaf.shape, leaf.dtype, self._sharding[path])
-        self.values[path] = _insert(self.values[path], layer, index)
-
-    def _put(self, view: np.ndarray, dtype: DTypeLike, sharding: Sharding, reader: Reader) -> jax.Array:
-        """A view into a file as an array on the devices, of which every host reads its own part only."""
-
-        def read(index: Any) -> np.ndarray:
-            part = copy(view[index], dtype, reader)
-            jax.block_until_ready(self._last)  # transfers may not queue up: what waits for them is host memory
-            return part
-
-        self._last = jax.make_array_from_callback(view.shape, sharding, read)
-        return self._last
-
-
-def _of_layer(sharding: Sharding) -> Sharding:
-    """The sharding of one layer of a stacked parameter."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    if sharding.spec and sharding.spec[0] is not None:
-        raise ValueError(f"the layer axis of a stacked parameter cannot be sharded, given {sharding.spec}")
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]), memory_kind=sharding.memory_kind)
-
-
-def zeros(shape: Shape, dtype: DTypeLike, sharding: Sharding) -> jax.Array:
-    """Zeros that are split from the beginning."""
-    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _insert(stack: jax.Array, layer: jax.Array, index: jax.Array | int) -> jax.Array:
-    """Writes a layer into the stack, in place."""
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, index, 0)
-
-
-_quantized = jax.jit(quantize_weight, static_argnums=1)

@@ -14,7 +14,7 @@ import contextlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,11 +31,16 @@ from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.models.layers import Linear, LowRank, QuantizedLinear
 from wanjax.weights import Checkpoint
-from wanjax.weights.load import ChooseSharding, is_param, parameter_shapes, replicated
+from wanjax.weights.load import is_param, parameter_shapes, replicated
 from wanjax.weights.lora_files import LoRAFile, Term, write_lora
+from wanjax.weights.lora_targets import chosen
+from wanjax.weights.mapping import NetworkName
+from wanjax.weights.placing import ChooseSharding
 from wanjax.weights.tensors import Reader
 
 M = TypeVar("M", bound=nnx.Module)
+MOST_STRENGTH = 1000
+"""Of an adapter, either way: far more makes weights infinite."""
 Layer = Linear | QuantizedLinear
 Read = tuple[Term, Reader]
 
@@ -60,35 +65,31 @@ def attach(dit: DiT, config: LoRAConfig, rngs: nnx.Rngs) -> DiT:
       rngs: keys for `a`, uniform in +-1 / sqrt(in) as in PEFT.
 
     Raises:
-      InputError: rank or alpha is out of range, or a target is no part of the name of any layer.
+      InputError: a target is no part of the name of any layer.
     """
-    dit = _copy(dit)
+    dit = copy(dit)
     layers = linear_layers(dit)
-    for path in _chosen(config, layers):
-        layer = layers[path]
+    for path, target in chosen(config, layers).items():
+        layer, rank = layers[path], target.rank
         *stacked, fan_in, fan_out = layer.kernel.shape
         bound = 1 / math.sqrt(fan_in)
-        a = jax.random.uniform(rngs.params(), (*stacked, fan_in, config.rank), jnp.float32, -bound, bound)
-        b = jnp.zeros((*stacked, config.rank, fan_out), jnp.float32)
-        alpha = config.rank if config.alpha is None else config.alpha
-        layer.lora = LowRank(a, b, axes=_axes(layer), alpha=alpha)
+        a = jax.random.uniform(rngs.params(), (*stacked, fan_in, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((*stacked, rank, fan_out), jnp.float32)
+        magnitude = column_lengths(layer) if config.dora else None
+        alpha = rank if target.alpha is None else target.alpha
+        layer.lora = LowRank(a, b, axes=axes_of(layer), alpha=alpha, magnitude=magnitude)
     return dit
 
 
-def _chosen(config: LoRAConfig, layers: Iterable[str]) -> list[str]:
-    if config.rank < 1 or not (config.alpha is None or 0 < config.alpha < math.inf):
-        raise InputError(
-            f"LoRA of rank {config.rank} and alpha {config.alpha}; a rank from 1 and an alpha above 0 are accepted; "
-            "use rank 16 and alpha None"
-        )
-    found = {target: [path for path in layers if f".{target}." in f".{path}."] for target in config.targets}
-    unknown = [target for target, paths in found.items() if not paths]
-    if unknown or not found:
-        raise InputError(
-            f"LoRA targets {', '.join(unknown) or 'of no layer'}; accepted are parts of the names of linear layers: "
-            f"{', '.join(sorted(layers))}; correct the targets"
-        )
-    return [path for path in layers if any(path in paths for paths in found.values())]
+@jax.jit
+def column_lengths(layer: Layer) -> jax.Array:
+    """DoRA's magnitudes before training: the lengths of a kernel's columns, float32 `[out]`, perhaps of all blocks."""
+
+    def one(layer: Layer) -> jax.Array:
+        w = layer.whole().astype(jnp.float32)
+        return jnp.sqrt(jnp.sum(w * w, axis=0))
+
+    return one(layer) if layer.kernel.ndim == 2 else jax.lax.map(one, layer)
 
 
 def split(dit: DiT) -> tuple[DiT, DiT]:
@@ -105,13 +106,21 @@ def join(adapters: DiT, frozen: DiT) -> DiT:
     )
 
 
+def detach(dit: DiT) -> DiT:
+    """The network without its adapters."""
+    dit = copy(dit)
+    for layer in linear_layers(dit).values():
+        layer.lora = None
+    return dit
+
+
 def merge(dit: DiT) -> DiT:
     """The same network with its adapters added to its weights.
 
     Raises:
       InputError: a layer with an adapter is quantised.
     """
-    dit = _copy(dit)
+    dit = copy(dit)
     for path, layer in linear_layers(dit).items():
         if layer.lora is None:
             continue
@@ -129,7 +138,15 @@ def merge(dit: DiT) -> DiT:
 def _merged(kernel: jax.Array, lora: LowRank) -> jax.Array:
     def one(layer: tuple[jax.Array, LowRank]) -> jax.Array:
         w, lora = layer
-        return _sum(w, lora.a[...], lora.b[...], lora.scale).astype(w.dtype)  # once, behind the sum in float32
+        whole = _sum(w, lora.a[...], lora.b[...], lora.scale)
+        if lora.magnitude is not None:
+            ratio = gather(lora.magnitude[...]) / lora.lengths(w)
+            whole = whole * (
+                ratio
+                if jax.sharding.get_abstract_mesh().empty
+                else jax.sharding.reshard(ratio, jax.typeof(w).sharding.spec[1:])
+            )
+        return whole.astype(w.dtype)  # once, behind the sum in float32
 
     return one((kernel, lora)) if kernel.ndim == 2 else jax.lax.map(one, (kernel, lora))
 
@@ -165,7 +182,7 @@ def parse(arguments: Sequence[str]) -> tuple[LoRAFile, ...]:
     """Files given as PATH or PATH:strength.
 
     Raises:
-      InputError: a strength is not finite, or as `LoRAFile`.
+      InputError: a strength is no number or beyond `MOST_STRENGTH`, or as `LoRAFile`.
     """
     files = []
     for argument in arguments:
@@ -174,8 +191,10 @@ def parse(arguments: Sequence[str]) -> tuple[LoRAFile, ...]:
             path, strength = (argument, 1.0) if not path or Path(argument).exists() else (path, float(number))
         except ValueError:
             path, strength = argument, 1.0  # a colon of the path's own
-        if not math.isfinite(strength):
-            raise InputError(f"LoRA {argument}; a finite strength is accepted; use {path}:1")
+        if not abs(strength) <= MOST_STRENGTH:  # nor is NaN
+            raise InputError(
+                f"LoRA {argument}; a strength from -{MOST_STRENGTH} to {MOST_STRENGTH} is accepted; use {path}:1"
+            )
         files.append(LoRAFile(path, strength))
     return tuple(files)
 
@@ -201,23 +220,25 @@ def check(files: Sequence[LoRAFile], dit: DiTConfig, is_quantized: bool, merged:
     shapes = parameter_shapes("dit", dit)
     for file in files:
         for term in file.terms(dit):
-            if is_quantized and term.a is None and f"{term.slot.path}_scale" in shapes:
+            if is_quantized and not term.is_beside and f"{term.slot.path}_scale" in shapes:
                 raise InputError(
-                    f"{file.path} has {term.b}, a difference in full, for weights that the checkpoint has in 8 bits; "
-                    "give the checkpoint that it was made of"
+                    f"{file.path} has {term.magnitude or term.b}, by which weights would change that the checkpoint "
+                    "has in 8 bits; give the checkpoint that it was made of"
                 )
     return merged
 
 
-def describe(file: LoRAFile, dit: DiTConfig) -> str:
+def describe_adapters(file: LoRAFile, dit: DiTConfig) -> str:
     """One line: what the file adapts, and which matrices of the blocks it does not."""
     terms = file.terms(dit)
     matrices = {k for k in parameter_shapes("dit", dit) if k.startswith("blocks.") and k.endswith(".kernel")}
     adapted = {term.slot.path for term in terms if term.a is not None or len(term.slot.shape) > 1}
-    factors = sum(term.a is not None for term in terms)
+    factors = sum(term.a is not None or bool(term.parts) for term in terms)
     line = f"{file.path} at {file.strength:g}: adapters of {factors} layers"
     line += f", {len(terms) - factors} differences in full" if factors < len(terms) else ""
     without = sorted({re.sub(r"^blocks\.(\d+\.)?|\.kernel$", "", k) for k in matrices - adapted})
+    left_out = file.left_out(dit)
+    line += f"; left out: {len(left_out)} layers of an image branch, which the network has not" if left_out else ""
     return line + (f"; none for {', '.join(without)}" if without else "")
 
 
@@ -227,16 +248,18 @@ def load(
     files: Sequence[LoRAFile],
     merged: bool,
     sharding: ChooseSharding | None = None,
+    network: NetworkName = "dit",
 ) -> DiT:
-    """The checkpoint's DiT with adapters from files: merged, or one beside each layer, of all their ranks together.
+    """A checkpoint's DiT with adapters from files: merged, or one beside each layer, of all their ranks together.
 
-    Merged is before weights are cast or quantised, a layer at a time. What is no product of factors, and the patch
-    embedding, are merged always.
+    Merged is before weights are cast or quantised, a layer at a time. What is no plain product of two factors (DoRA,
+    LoKr, LoHa, differences), and the patch embedding, are merged always.
 
     Args:
       checkpoint, config, sharding: as `Checkpoint.load` takes them.
       files: as `check` found them good.
       merged: what `check` returned.
+      network: "dit" or "dit_low".
     """
     changes: dict[tuple[str, int | None], list[Read]] = defaultdict(list)
     beside: dict[str, dict[int | None, list[Read]]] = defaultdict(lambda: defaultdict(list))
@@ -244,13 +267,13 @@ def load(
         for file in files:
             reader = stack.enter_context(file.open())
             for term in file.terms(config):
-                path, layer, shape = term.slot
-                if merged or term.a is None or len(shape) != 2:
+                path, layer, _ = term.slot
+                if merged or not term.is_beside:
                     changes[path, layer].append((term, reader))
                 else:
                     beside[path.removesuffix(".kernel")][layer].append((term, reader))
         functions = {place: partial(_change, terms=terms) for place, terms in changes.items()}
-        dit = checkpoint.load("dit", config, sharding, functions)
+        dit = checkpoint.load(network, config, sharding, functions)
         for path, layer in linear_layers(dit).items():
             if path in beside:
                 layer.lora = _stacked(path, layer, beside[path], config.param_dtype, sharding or replicated)
@@ -262,8 +285,22 @@ _add = jax.jit(_sum)
 
 def _change(value: jax.Array, terms: Sequence[Read]) -> jax.Array:
     for term, reader in terms:
-        value = _add(value, *term.read(reader), term.scale)
+        changed = _add(value, *term.read(reader), term.scale)
+        if term.magnitude is not None:
+            changed = _normalised(value, changed, term.read_magnitude(reader), term.strength)
+        value = changed
     return value
+
+
+@jax.jit
+def _normalised(before: jax.Array, w: jax.Array, magnitude: jax.Array, strength: jax.Array | float) -> jax.Array:
+    """DoRA: the columns or rows of `w` `[in, out]` in the lengths of `magnitude`, `[1, out]` or `[in, 1]`.
+
+    At another strength than 1 so much of the way from `before`.
+    """
+    norm = jnp.sqrt(jnp.sum(w * w, axis=0 if magnitude.shape[0] == 1 else 1, keepdims=True))
+    before = before.astype(jnp.float32)  # sums are made in it, as in `_sum`
+    return before + strength * (w * (magnitude / norm) - before)
 
 
 def _stacked(
@@ -293,15 +330,16 @@ def _stacked(
         split = sharding((*path.split("."), "lora", name), leaf)
         return leaf.replace(jax.make_array_from_callback(host.shape, split, lambda index: host[index]))
 
-    lora = LowRank(a, b, axes=_axes(layer), alpha=alpha)
+    lora = LowRank(a, b, axes=axes_of(layer), alpha=alpha)
     lora.a, lora.b = place("a", lora.a), place("b", lora.b)
     return lora
 
 
-def _axes(layer: Layer) -> tuple[str | None, ...]:
+def axes_of(layer: Layer) -> tuple[str | None, ...]:
+    """Logical names of a kernel's axes."""
     return layer.kernel.get_metadata()["axes"]
 
 
-def _copy(module: M) -> M:
+def copy(module: M) -> M:
     """Another tree of the same arrays."""
     return nnx.merge(*nnx.split(module))

@@ -20,7 +20,8 @@ from flax import nnx
 from wanjax.errors import InputError
 
 LayoutName = Literal["diffusers", "official"]
-NetworkName = Literal["dit", "vae", "umt5", "clip"]
+NetworkName = Literal["dit", "dit_low", "vae", "umt5", "clip"]
+"""Of two experts "dit" is the one for high noise, "dit_low" that for low noise."""
 Shape = tuple[int, ...]
 DIFFUSERS_VERSION = "0.33.0"  # written into configs: the first that knows all of these networks
 

@@ -10,8 +10,10 @@ from wanjax.weights.layouts import Settings
 from wanjax.weights.mapping import DIFFUSERS_VERSION
 
 
-def model_index(dit: DiTConfig, clip: CLIPConfig | None, tokenizer: Path) -> dict[str, Any]:
-    """`model_index.json`: which class loads which folder."""
+def model_index(
+    dit: DiTConfig, clip: CLIPConfig | None, tokenizer: Path, boundary: float | None = None
+) -> dict[str, Any]:
+    """`model_index.json`: which class loads which folder; `boundary` is that of two experts."""
     config = tokenizer / "tokenizer_config.json"
     tokenizer_class = Settings(config).get("tokenizer_class") if config.is_file() else None
     index: dict[str, Any] = {
@@ -21,6 +23,8 @@ def model_index(dit: DiTConfig, clip: CLIPConfig | None, tokenizer: Path) -> dic
     if dit.in_channels != dit.out_channels:
         index["image_encoder"] = ["transformers", "CLIPVisionModel"] if clip else [None, None]
         index["image_processor"] = ["transformers", "CLIPImageProcessor"] if clip else [None, None]
+    if boundary is not None:
+        index |= {"boundary_ratio": boundary, "transformer_2": ["diffusers", "WanTransformer3DModel"]}
     return index | {
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
@@ -66,6 +70,10 @@ def image_processor_config(clip: CLIPConfig) -> dict[str, Any]:
     }
 
 
-def default_flow_shift(dit: DiTConfig) -> float:
-    """What the official command line takes: 16 for first and last frame, 5 otherwise (Wan2.1 `generate.py`)."""
-    return 16.0 if dit.task == "flf2v" else 5.0
+def default_flow_shift(dit: DiTConfig, experts: int = 1) -> float:
+    """What the official command lines take: 16 for first and last frame, 5 otherwise (Wan2.1 `generate.py`); 12 for
+    text to video by two experts (Wan2.2 `wan_t2v_A14B.py`).
+    """
+    if dit.task == "flf2v":
+        return 16.0
+    return 12.0 if experts == 2 and dit.task == "t2v" else 5.0

@@ -23,6 +23,8 @@ from wanjax.errors import InputError
 from wanjax.models.dit import DiT, quantized
 from wanjax.ops.quantized import Format
 from wanjax.weights import Checkpoint
+from wanjax.weights.hub import checkpoint_folder
+from wanjax.weights.single import given_files
 
 
 def quantize(model: DiT, format: Format, layers: tuple[int, int] | None = None) -> DiT:
@@ -86,9 +88,25 @@ def is_quantized(config: SampleConfig) -> bool:
     Raises:
       InputError: as `Checkpoint`.
     """
-    if config.quantize is not None or config.checkpoint is None:
+    if config.quantize is not None or (config.checkpoint is None and not given_files(config)):
         return config.quantize in ("fp8", "int8")
-    return Checkpoint(config.checkpoint).config("dit").quantize != "off"
+    return open_checkpoint(config).config("dit").quantize != "off"
+
+
+def open_checkpoint(config: SampleConfig) -> Checkpoint:
+    """The checkpoint that is asked for: a folder, one of the Hugging Face hub, or files of single networks.
+
+    Raises:
+      InputError: none is, or as `checkpoint_folder` and `Checkpoint`.
+    """
+    files = given_files(config)
+    if config.checkpoint is None and not files:
+        raise InputError(
+            "no checkpoint; a folder in the Diffusers or the official layout is needed; give --checkpoint, or files as "
+            "--dit, --vae and so on"
+        )
+    folder = None if config.checkpoint is None else checkpoint_folder(config.checkpoint)
+    return Checkpoint(folder, files, config.tokenizer)
 
 
 @partial(jax.jit, static_argnums=1)

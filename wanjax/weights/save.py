@@ -9,31 +9,42 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from wanjax.errors import InputError
-from wanjax.files import replacing
+from wanjax.files import check_name, replacing, try_place
+from wanjax.untrusted import reason
 from wanjax.weights import pipeline_files
 from wanjax.weights.extra import FOLDER, Extra
-from wanjax.weights.layouts import NETWORKS, TOKENIZER, Settings, network_place
-from wanjax.weights.load import Checkpoint
+from wanjax.weights.layouts import EXPERT_FOLDERS, PARTS, TOKENIZER, Settings, network_place
+from wanjax.weights.load import BOUNDARIES, Checkpoint
 from wanjax.weights.mapping import LayoutName, NetworkName
 from wanjax.weights.tensor_source import ConvertSource, ModuleSource, TensorSource, make_sources
 from wanjax.weights.write import write_json, write_pth, write_safetensors, write_tensors
 
 Say = Callable[[str], None]
-CHOICES = ("dtype", "param_dtype", "attention")  # of a configuration: not what a checkpoint is, but how it is used
+CHOICES = (
+    "dtype",
+    "param_dtype",
+    "attention",
+    "weight_only",
+)  # of a configuration: not what a checkpoint is, but how it is used
 # Files that are no tensors and no tokenizer, by layout: kept whole.
 COMPANIONS = {
-    "official": ("config.json", "xlm-roberta-large"),
+    "official": (
+        "config.json",
+        *(f"{folder}/config.json" for folder in EXPERT_FOLDERS.values()),
+        "xlm-roberta-large",
+    ),
     "diffusers": (
         "model_index.json",
         "scheduler",
         "image_processor",
-        *(f"{network.folder}/config.json" for network in NETWORKS.values()),
+        *(f"{network.folder}/config.json" for network in PARTS.values()),
     ),
 }
 
@@ -79,14 +90,26 @@ def save(
         multihost_utils.sync_global_devices(f"saved {path}")
 
 
-def convert(source: str | Path, target: str | Path, layout: LayoutName, **options: Any) -> None:
-    """Writes a checkpoint in the other layout, tensors bit for bit; options as for `save`.
+def convert(
+    source: str | Path | None,
+    target: str | Path,
+    layout: LayoutName,
+    files: Mapping[NetworkName, str | Path] = MappingProxyType({}),
+    tokenizer: str | Path | None = None,
+    **options: Any,
+) -> None:
+    """Writes a checkpoint in the other layout, or files of single networks in any; tensors bit for bit.
+
+    Args:
+      source: its folder; None: there are files alone.
+      target, layout, options: as for `save`.
+      files, tokenizer: as `Checkpoint` takes them.
 
     Raises:
       InputError: as `save`, or the source has this layout already.
     """
-    base = Checkpoint(source)
-    if base.layout == layout:
+    base = Checkpoint(source, files, tokenizer)
+    if base.layout == layout and not base.files:
         raise InputError(f"{source} has the {layout} layout already; nothing to convert.")
     save(target, layout, {}, base=base, **options)
 
@@ -99,7 +122,9 @@ def _writes_pth(layout: LayoutName, asked: bool | None) -> bool:
     """
     has_torch = importlib.util.find_spec("torch") is not None
     if asked and not has_torch and layout == "official":
-        raise InputError("Writing .pth needs torch: pip install 'wanjax[torch]', or choose .safetensors instead.")
+        raise InputError(
+            "Writing .pth needs torch, which is not installed; pip install 'wanjax[torch]', or choose .safetensors"
+        )
     return has_torch if asked is None else asked
 
 
@@ -114,15 +139,17 @@ def _take_part(sources: Mapping[NetworkName, TensorSource]) -> None:
 
 def check_target(path: Path, base: Checkpoint | None) -> None:
     """Raises `InputError` if `save` would refuse to write the folder."""
+    check_name(path, "output")
     try:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise InputError(f"{path} exists and is not empty; give another folder or remove it.")
         if os.path.ismount(path):
             raise InputError(f"{path} is where a disk is mounted; give a folder on it.")
-        if base and path.resolve().is_relative_to(base.path.resolve()):
+        if base and base.is_folder and path.resolve().is_relative_to(base.path.resolve()):
             raise InputError(f"{path} is inside {base.path}, which is being read; give a folder outside of it.")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); give another folder.") from error
+        try_place(path.resolve())
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a loop of links is a RuntimeError
+        raise InputError(f"{path} cannot be written ({reason(error)}); give another folder.") from error
 
 
 @contextlib.contextmanager
@@ -138,6 +165,7 @@ def _staging(path: Path, base: Checkpoint | None, size: int) -> Iterator[Path]:
                     f"{path} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give another disk."
                 )
             yield folder
+            check_target(path, base)  # hours later: what was put there meanwhile is not replaced
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); make room or give another folder.") from error
 
@@ -157,6 +185,7 @@ class _Writer:
         self.layout: LayoutName = layout
         self.origin: LayoutName = "official" if layout == "diffusers" else "diffusers"
         self.extra = Extra(self.origin)
+        self.experts = 2 if "dit_low" in sources else 1
 
     def write(self, flow_shift: float | None, max_shard_bytes: int, pth: bool) -> None:
         if self.base:
@@ -164,8 +193,9 @@ class _Writer:
         for name, source in self.sources.items():
             self._write_network(name, source, max_shard_bytes, pth)
         self._set_shift(flow_shift)
+        boundary = self._boundary() if self.experts == 2 else None
         if self.layout == "diffusers":
-            self._write_pipeline()
+            self._write_pipeline(boundary)
         else:
             self._tell_what_official_code_misses()
         self._write_extra()
@@ -176,7 +206,16 @@ class _Writer:
 
     def _copy_files(self, base: Checkpoint) -> None:
         """Tokenizer, and configurations as they are: at their places, or kept for the way back."""
-        self._copy(base.tokenizer_dir, self.folder / TOKENIZER[self.layout])
+        place = self.folder / TOKENIZER[self.layout]
+        tokenizer = base.tokenizer
+        if isinstance(tokenizer, bytes):
+            place.mkdir(parents=True)
+            (place / "tokenizer.json").write_bytes(tokenizer)
+            self.report(place / "tokenizer.json", len(tokenizer))
+        else:
+            self._copy(tokenizer, place / "tokenizer.json" if tokenizer.is_file() else place)
+        if not base.is_folder:
+            return
         kept = base.path / FOLDER
         if base.layout == self.layout:
             companions = self.folder
@@ -201,9 +240,9 @@ class _Writer:
                 self.say(f"copied {place.relative_to(self.folder)}")
 
     def _write_network(self, name: NetworkName, source: TensorSource, max_shard_bytes: int, pth: bool) -> None:
-        folder, stem = network_place(self.folder, self.layout, name)
+        folder, stem = network_place(self.folder, self.layout, name, self.experts)
         with source.open() as read:
-            if self.layout == "diffusers" or name == "dit":
+            if self.layout == "diffusers" or name in EXPERT_FOLDERS:
                 write_tensors(folder, stem, source.infos, read, max_shard_bytes, self.report)
             elif pth:
                 write_pth(folder / f"{stem}.pth", source.infos, read, self.report)
@@ -211,8 +250,8 @@ class _Writer:
                 write_safetensors(folder / f"{stem}.safetensors", source.infos, read, self.report)
                 self.say(f"{stem} is written as .safetensors, which wanjax reads, not as .pth, which needs torch.")
         config = folder / "config.json"
-        if self.layout in NETWORKS[name].write and (isinstance(source, ModuleSource) or not config.exists()):
-            write_json(config, NETWORKS[name].write[self.layout](source.config), self.report)
+        if self.layout in PARTS[name].write and (isinstance(source, ModuleSource) or not config.exists()):
+            write_json(config, PARTS[name].write[self.layout](source.config), self.report)
         if isinstance(source, ConvertSource):
             self._keep(name, source)
 
@@ -226,6 +265,14 @@ class _Writer:
             with source.open_leftovers() as read:
                 write_safetensors(folder / f"{name}.safetensors", source.leftovers, read, self.report)
             self.say(f"{FOLDER}/ keeps {len(source.leftovers)} tensors of the {name} that have no place in the layout.")
+
+    def _boundary(self) -> float:
+        """The boundary of two experts, kept where the layout cannot say another than the official one."""
+        usual = BOUNDARIES[self.sources["dit"].config.task]
+        boundary = self.base.boundary if self.base else None
+        boundary = usual if boundary is None else boundary
+        self.extra.boundary = boundary if self.layout == "official" and boundary != usual else None
+        return boundary
 
     def _set_shift(self, shift: float | None) -> None:
         base = self.base
@@ -241,12 +288,12 @@ class _Writer:
                 write_json(path, {**settings, "flow_shift": shift}, self.report)
         elif "dit" in self.sources:
             if shift is None:
-                shift = pipeline_files.default_flow_shift(self.sources["dit"].config)
+                shift = pipeline_files.default_flow_shift(self.sources["dit"].config, self.experts)
                 self.extra.assumed_flow_shift = shift
                 self.say(f"The schedule's shift is not in the source: {shift} is taken, the official default.")
             write_json(path, pipeline_files.scheduler_config(shift), self.report)
 
-    def _write_pipeline(self) -> None:
+    def _write_pipeline(self, boundary: float | None) -> None:
         configs = {name: source.config for name, source in self.sources.items()}
         clip = configs.get("clip")
         processor = self.folder / "image_processor/preprocessor_config.json"
@@ -260,7 +307,7 @@ class _Writer:
         if missing:
             self.say(f"There is no model_index.json, because this is missing: {', '.join(missing)}.")
         elif not path.exists():
-            index = pipeline_files.model_index(configs["dit"], clip, self.folder / "tokenizer")
+            index = pipeline_files.model_index(configs["dit"], clip, self.folder / "tokenizer", boundary)
             write_json(path, index, self.report)
 
     def _tell_what_official_code_misses(self) -> None:

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from wanjax.errors import InputError
 from wanjax.weights.extra import FOLDER
-from wanjax.weights.layouts import NETWORKS
+from wanjax.weights.layouts import PARTS
 from wanjax.weights.load import Checkpoint, parameter_shapes, parameters
 from wanjax.weights.mapping import Entry, LayoutName, NetworkName, Slot, Table, expand
 from wanjax.weights.tensors import SafetensorsFile, TensorInfo
@@ -40,7 +40,7 @@ class ModuleSource:
     """A module's parameters, in the dtypes that they have. Every process has to read every tensor, in order."""
 
     def __init__(self, name: NetworkName, module: Any, layout: LayoutName):
-        table = NETWORKS[name].tables[layout]
+        table = PARTS[name].tables[layout]
         self.config = module.config
         self._leaves = parameters(module)
         entries = expand(table, {path: leaf.shape for path, leaf in self._leaves.items()}, self.config)
@@ -99,7 +99,7 @@ class ConvertSource:
 
     def __init__(self, name: NetworkName, checkpoint: Checkpoint, layout: LayoutName):
         self.config = checkpoint.config(name)
-        self._weights, self._tables = checkpoint.weights(name), NETWORKS[name].tables
+        self._weights, self._tables = checkpoint.weights(name), PARTS[name].tables
         self._stored = dict(self._weights.items())
         self._given = checkpoint.match(name, self.config)
         self._places = {
@@ -107,18 +107,19 @@ class ConvertSource:
         }
         wanted = expand(self._tables[layout], parameter_shapes(name, self.config), self.config)
         self._plan(wanted, checkpoint, name, layout)
-        self._find_leftovers(self._tables[checkpoint.layout])
+        self._find_leftovers(self._tables[checkpoint.layout_of(name)])
 
     def _plan(self, wanted: dict[str, Entry], checkpoint: Checkpoint, name: NetworkName, layout: LayoutName) -> None:
         """Names and order of what is written; what an earlier conversion kept goes back to its place."""
-        extra, prefix = checkpoint.extra, self._tables[layout].prefix
+        extra, prefix = (None if name in checkpoint.files else checkpoint.extra), self._tables[layout].prefix
         names = extra.names.get(name, {}) if extra else {}
         order = {key: n for n, key in enumerate(self._stored)}
         in_order = sorted(wanted, key=lambda key: min(order[k] for k in self._keys(wanted[key])))  # front to back
         self._wanted = {names.get(prefix + key, prefix + key): wanted[key] for key in in_order}
         self.infos = {key: TensorInfo(entry.shape, self._dtype(entry)) for key, entry in self._wanted.items()}
         kept = checkpoint.path / FOLDER / f"{name}.safetensors"
-        self._kept = SafetensorsFile(kept) if kept.is_file() else None
+        has_kept = kept.is_file() and checkpoint.is_folder and name not in checkpoint.files
+        self._kept = SafetensorsFile(kept) if has_kept else None
         self.infos |= self._kept.infos if self._kept else {}
         self._copied = extra.copies.get(name, {}) if extra else {}
         self.infos |= {key: self.infos[same] for key, same in self._copied.items()}
@@ -130,7 +131,10 @@ class ConvertSource:
         dtypes = {self._stored[key].dtype for key in self._keys(entry)}
         if len(dtypes) > 1:
             keys = ", ".join(self._keys(entry))
-            raise InputError(f"{self._weights.where} has {keys} in different dtypes, but they go into one tensor.")
+            raise InputError(
+                f"{self._weights.where} has {keys} in different dtypes; one is accepted, as they go into one tensor; "
+                "convert them"
+            )
         return dtypes.pop()
 
     def _find_leftovers(self, table: Table) -> None:
@@ -183,11 +187,11 @@ def make_sources(
       InputError: neither has any.
     """
     sources: dict[NetworkName, TensorSource] = {}
-    for name in NETWORKS:
+    for name in PARTS:
         if name in models:
             sources[name] = ModuleSource(name, models[name], layout)
         elif base and base.has(name):
-            same = base.layout == layout
+            same = base.layout_of(name) == layout
             sources[name] = CopySource(name, base) if same else ConvertSource(name, base, layout)
     if not sources:
         raise InputError("There is no network to write; give a model or a checkpoint.")

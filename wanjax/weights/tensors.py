@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from wanjax.errors import InputError
+from wanjax.untrusted import open_file, parse_json
 
 DTYPES = {
     "F64": np.float64,
@@ -30,7 +31,12 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+PICKLED = (".pth", ".pt", ".bin")
 CHUNK_BYTES = 8 * 2**20
+MOST_HEADER_BYTES = 100_000_000
+"""Of a safetensors file; the format's own limit."""
+MOST_NAME = 1000
+"""Letters of a tensor's name; published ones have up to a hundred."""
 
 
 class TensorInfo(NamedTuple):
@@ -68,15 +74,6 @@ class TensorFile(Protocol):
         ...
 
 
-def tensor_file(path: Path) -> TensorFile:
-    """The reader for the file's ending.
-
-    Raises:
-      InputError: the file cannot be read, is truncated or damaged, or is a .pth and torch is not installed.
-    """
-    return PthFile(path) if path.suffix == ".pth" else SafetensorsFile(path)
-
-
 def copy(view: np.ndarray, dtype: np.typing.DTypeLike, reader: Reader) -> np.ndarray:
     """A contiguous copy in `dtype` of a view into an open file.
 
@@ -103,6 +100,20 @@ def copy(view: np.ndarray, dtype: np.typing.DTypeLike, reader: Reader) -> np.nda
     return out
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers of an array of floats are finite; told by their exponents, a few at a time.
+
+    Several times as fast as `numpy.isfinite`, which has no loops of its own for bfloat16 and 8 bits.
+    """
+    info = ml_dtypes.finfo(array.dtype)
+    bits = array.reshape(-1).view(f"u{array.itemsize}")
+    top = np.array((2**info.nexp - 1) << info.nmant, bits.dtype)  # the exponent of NaN and infinity
+    if array.dtype == ml_dtypes.float8_e4m3fn:  # it has no infinity, and one NaN
+        top = bits.dtype.type(0x7F)
+    step = 2**20
+    return not any(np.any(bits[i : i + step] & top == top) for i in range(0, len(bits), step))
+
+
 def aligned(shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.ndarray:
     """An uninitialised array whose address is a multiple of 64."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -121,26 +132,34 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if 8 + length <= size else None
+            with open_file(path) as file:
+                size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+                whole = 8 + length <= size and length <= MOST_HEADER_BYTES
+                header = parse_json(file.read(length)) if whole else None
         except OSError as error:
             raise InputError(f"{path} cannot be read ({error.strerror}); check that it is there.") from error
-        except (ValueError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not a safetensors file; download it again.") from error
+        except ValueError as error:
+            raise InputError(f"{path} is not a safetensors file ({error}); download it again.") from error
         if not isinstance(header, dict):
             raise InputError(f"{path} is truncated or not a safetensors file; download it again.")
         try:
             self._read_header(header, 8 + length, size)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
             raise InputError(f"{path} has a header that cannot be read ({error!r}); download it again.") from error
 
     def _read_header(self, header: dict[str, Any], base: int, size: int) -> None:
-        self.metadata = dict(header.pop("__metadata__", None) or {})
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        if not all(isinstance(text, str) for text in self.metadata.values()):
+            raise ValueError("__metadata__")
         self.infos, self._start = {}, {}
         end = base
         for key, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+            if len(key) > MOST_NAME:
+                raise ValueError(f"a name of {len(key):,} letters")
+            if not all(type(n) is int and n >= 0 for n in (*item["shape"], *item["data_offsets"])):
+                raise ValueError(f"numbers of {key}")
             info = TensorInfo(tuple(item["shape"]), np.dtype(DTYPES[item["dtype"]]))
             start, stop = (base + offset for offset in item["data_offsets"])
             if start != end or stop - start != info.size:
@@ -152,7 +171,7 @@ class SafetensorsFile:
     @contextlib.contextmanager
     def open(self) -> Iterator[Reader]:
         """Maps the file into memory; it is unmapped with the last view."""
-        with self.path.open("rb") as file:
+        with open_file(self.path) as file:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         yield _MappedReader(self.infos, self._start, mapping)
 
@@ -205,8 +224,8 @@ def _torch_load(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as error:
         raise InputError(
-            f"{path.name} needs torch, which is not installed: pip install 'wanjax[torch]', "
-            f"or put {path.stem}.safetensors with the same names beside it."
+            f"{path.name} needs torch, which is not installed; pip install 'wanjax[torch]', "
+            f"or put {path.stem}.safetensors with the same names beside it"
         ) from error
     if not path.is_file():
         raise InputError(f"{path} is not there.")

@@ -165,14 +165,15 @@ def with_model_type(config: DiTConfig, said: Any) -> DiTConfig:
 
 def read_quantization(infos: Mapping[str, TensorInfo], num_layers: int) -> dict[str, Any]:
     """What `DiTConfig` says of quantisation, from the tensors: those with a scale beside them are quantised."""
+    scales = [info.shape for key, info in infos.items() if key.endswith(".scale")]
     kernels = {key: infos.get(key.removesuffix("scale") + "weight") for key in infos if key.endswith(".scale")}
     layers = {int(found[1]) for key in kernels if (found := re.search(r"\bblocks\.(\d+)\.", key))}
     dtypes = {info.dtype for info in kernels.values() if info}
     formats = [name for name, dtype in DTYPES.items() if dtypes == {np.dtype(dtype)}]
     if not layers or not formats:
-        return {"quantize": "off", "quantized_layers": None}
-    span = (min(layers), max(layers) + 1)
-    return {"quantize": formats[0], "quantized_layers": None if span == (0, num_layers) else span}
+        return {"quantize": "off", "quantized_layers": None, "channel_scales": False}
+    span = None if (span := (min(layers), max(layers) + 1)) == (0, num_layers) else span
+    return {"quantize": formats[0], "quantized_layers": span, "channel_scales": any(scales)}
 
 
 def write_diffusers(config: DiTConfig) -> dict[str, Any]:

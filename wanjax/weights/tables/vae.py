@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from wanjax.config import VAEConfig
+from wanjax.config import LATENTS_MEAN, LATENTS_STD, VAEConfig
 from wanjax.errors import InputError
 from wanjax.weights.mapping import (
     CONV2D,
@@ -134,7 +134,10 @@ def read_diffusers(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> 
 
 
 def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> VAEConfig:
-    """Sizes from the shapes; the latents' mean and standard deviation are the published constants."""
+    """Sizes from the shapes; the latents' mean and standard deviation are the published constants.
+
+    With another number of latent channels than the published one there are none: 0 and 1.
+    """
     dim = shapes["encoder.conv1.weight"][0]
     stages: list[list[int]] = [[]]  # widths of the residual blocks of every stage
     temporal = []
@@ -147,12 +150,16 @@ def read_official(settings: Mapping[str, Any], shapes: Mapping[str, Shape]) -> V
             stages.append([])
         else:
             break
+    z_dim = shapes["conv2.weight"][0]
+    published = z_dim == len(LATENTS_MEAN)
     return VAEConfig(
         dim=dim,
-        z_dim=shapes["conv2.weight"][0],
+        z_dim=z_dim,
         dim_mult=tuple(widths[-1] // dim for widths in stages),
         num_res_blocks=len(stages[0]),
         temporal_downsample=tuple(temporal),
+        latents_mean=LATENTS_MEAN if published else (0.0,) * z_dim,
+        latents_std=LATENTS_STD if published else (1.0,) * z_dim,
     )
 
 

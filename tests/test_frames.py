@@ -1,3 +1,5 @@
+"""Frames that are given: masks and control latents as the references make them."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +8,9 @@ from jax.sharding import PartitionSpec as P
 from tiny import golden_arrays
 
 from wanjax.conditioning.frames import (
-    control_branch,
-    control_video,
+    condition_video,
     given_frames,
+    join_image_condition,
     latent_frames,
     latent_mask,
     latent_size,
@@ -24,7 +26,7 @@ def test_official_mask_and_branch():
     given = given_frames("flf2v", 17)
     mask = latent_mask(given[None], 8, 12, WAN_VAE)
     np.testing.assert_array_equal(mask[0], np.moveaxis(golden["y_mask"], 0, -1))
-    branch = control_branch(mask, jnp.moveaxis(golden["y_latent"], 0, -1)[None])
+    branch = join_image_condition(mask, jnp.moveaxis(golden["y_latent"], 0, -1)[None])
     np.testing.assert_array_equal(branch[0], np.moveaxis(golden["y"], 0, -1))
 
 
@@ -77,12 +79,12 @@ def test_mask_of_mixed_tasks():
             np.testing.assert_array_equal(mask[:, :, h, w], expected)
 
 
-def test_control_video():
+def test_condition_video():
     video = jax.random.uniform(jax.random.key(0), (2, 5, 4, 6, 3), minval=-1, maxval=1)
     given = np.array([[1, 0, 0, 0, 1], [1, 1, 0, 0, 0]], bool)
-    control = np.asarray(control_video(video, given))
-    np.testing.assert_array_equal(control[given], np.asarray(video)[given])
-    np.testing.assert_array_equal(control[~given], 0)
+    image_condition = np.asarray(condition_video(video, given))
+    np.testing.assert_array_equal(image_condition[given], np.asarray(video)[given])
+    np.testing.assert_array_equal(image_condition[~given], 0)
 
 
 def test_shardings_are_kept():
@@ -90,16 +92,16 @@ def test_shardings_are_kept():
     with jax.set_mesh(jax.make_mesh((4, 2), ("data", "context"))):
         given = jax.device_put(np.ones((4, 5), bool), P("data"))
         latents = jax.device_put(np.ones((4, 2, 2, 4, 16), np.float32), P("data", None, None, "context"))
-        branch = control_branch(latent_mask(given, 2, 4, WAN_VAE), latents)
+        branch = join_image_condition(latent_mask(given, 2, 4, WAN_VAE), latents)
         assert jax.typeof(branch).sharding.spec == P("data", None, None, "context", None)
         video = jax.device_put(np.ones((4, 5, 4, 6, 3), np.float32), P("data"))
-        control = control_video(video, given_frames("flf2v", 5)[None])
-        assert jax.typeof(control).sharding.spec[0] == "data"
+        image_condition = condition_video(video, given_frames("flf2v", 5)[None])
+        assert jax.typeof(image_condition).sharding.spec[0] == "data"
 
 
 def test_branch_has_the_dtype_of_the_latents():
     mask = latent_mask(np.ones((1, 5), bool), 2, 2, WAN_VAE)
-    branch = control_branch(mask, jnp.zeros((1, 2, 2, 2, 16), jnp.bfloat16))
+    branch = join_image_condition(mask, jnp.zeros((1, 2, 2, 2, 16), jnp.bfloat16))
     assert branch.dtype == jnp.bfloat16
     assert branch.shape == (1, 2, 2, 2, 20)
 

@@ -1,4 +1,4 @@
-"""TrainCheckpoints onto the devices: each reads its own part, and all have the same model."""
+"""Checkpoints onto the devices: each reads its own part, and all have the same model."""
 
 import contextlib
 
@@ -11,8 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import GOLDEN, assert_same_model, golden
 from tiny_checkpoints import fsdp
 
-from wanjax.weights import Checkpoint
-from wanjax.weights import load as load_module
+from wanjax.weights import Checkpoint, placing
 from wanjax.weights.load import parameters
 from wanjax.weights.tensors import copy
 
@@ -54,7 +53,7 @@ def test_only_a_devices_own_part_is_read(monkeypatch):
         read.append(view.size)
         return copy(view, dtype, reader)
 
-    monkeypatch.setattr(load_module, "copy", counting)
+    monkeypatch.setattr(placing, "copy", counting)
     checkpoint = Checkpoint(GOLDEN / "diffusers")
     model = checkpoint.load("dit", checkpoint.config("dit"), fsdp(mesh))
     total = sum(leaf.size for leaf in jax.tree.leaves(model))

@@ -63,6 +63,18 @@ def test_disk_that_is_too_small(tmp_path, monkeypatch):
     assert_nothing_left(tmp_path)
 
 
+def test_what_came_into_the_target_meanwhile_stays(tmp_path, monkeypatch):
+    def take_the_place(*_):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/mine.txt").write_text("mine")
+
+    monkeypatch.setattr(Checkpoint, "check", take_the_place)  # the last that is done
+    with pytest.raises(InputError, match="exists and is not empty"):
+        save(tmp_path / "new", "diffusers", {"clip": golden("diffusers", "clip")})
+    assert (tmp_path / "new/mine.txt").read_text() == "mine"
+    assert_nothing_left(tmp_path, "new")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_failure_on_the_way_leaves_nothing(error, tmp_path, monkeypatch):
     def fail(*_):
@@ -145,8 +157,14 @@ def test_command(tmp_path, capsys):
     [
         (["nothing", "new"], "nothing is not a folder"),
         ([str(GOLDEN / "diffusers"), "new"], "has the diffusers layout already"),
-        ([str(GOLDEN / "official"), "new", "--max-shard-gb", "0"], "--max-shard-gb is 0.0; give a number above 0"),
-        ([str(GOLDEN / "official"), "new", "--flow-shift", "nan"], "--flow-shift is nan; give a number above 0"),
+        (
+            [str(GOLDEN / "official"), "new", "--max-shard-gb", "0"],
+            "--max-shard-gb 0; a number above 0 to 1000000 is accepted",
+        ),
+        (
+            [str(GOLDEN / "official"), "new", "--flow-shift", "nan"],
+            "--flow-shift nan; a number above 0 to 1000 is accepted",
+        ),
         ([str(GOLDEN / "official"), str(GOLDEN)], "exists and is not empty"),
     ],
 )

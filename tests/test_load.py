@@ -143,7 +143,7 @@ def test_sizes_of_the_diffusers_layout():
     settings = json.loads((GOLDEN / "diffusers/vae/config.json").read_text())
     assert checkpoint.layout == "diffusers"
     assert checkpoint.flow_shift == 5.0
-    assert checkpoint.tokenizer_dir == GOLDEN / "diffusers/tokenizer"
+    assert checkpoint.tokenizer == GOLDEN / "diffusers/tokenizer"
     assert checkpoint.config("dit") == DiTConfig(
         dim=64, ffn_dim=96, num_heads=4, num_layers=2, freq_dim=32, text_dim=32, image_dim=40, image_positions=10
     )
@@ -161,7 +161,7 @@ def test_sizes_of_the_official_layout():
     checkpoint = Checkpoint(GOLDEN / "official")
     assert checkpoint.layout == "official"
     assert checkpoint.flow_shift is None
-    assert checkpoint.tokenizer_dir == GOLDEN / "official/google/umt5-xxl"
+    assert checkpoint.tokenizer == GOLDEN / "official/google/umt5-xxl"
     assert checkpoint.config("dit") == DiTConfig(
         dim=128, ffn_dim=160, num_heads=4, num_layers=3, freq_dim=64, text_dim=64, image_dim=64, image_positions=20
     )

@@ -1,4 +1,4 @@
-"""TrainCheckpoints that cannot be read: every refusal by name."""
+"""Checkpoints that cannot be read: every refusal by name."""
 
 import json
 
@@ -184,7 +184,7 @@ def test_official_file_of_something_else(tmp_path):
 def test_folders_that_are_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         Checkpoint(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"is no Wan2\.1 checkpoint; give a folder with either"):
+    with pytest.raises(InputError, match=r"is no Wan checkpoint; give a folder with either"):
         Checkpoint(tmp_path)
     with pytest.raises(InputError, match=r"holds a WanTransformer3DModel alone; give .* the one above"):
         Checkpoint(GOLDEN / "diffusers/transformer")
@@ -194,11 +194,14 @@ def test_folders_that_are_no_checkpoint(tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_two_transformers(tmp_path):
-    copy_checkpoint("diffusers", tmp_path)
-    edit_json(tmp_path / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
-    with pytest.raises(InputError, match=r"two transformers \(Wan2.2\)"):
-        Checkpoint(tmp_path)
+def test_one_of_two_experts(tmp_path):
+    copy_checkpoint("diffusers", tmp_path / "d")
+    edit_json(tmp_path / "d/model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+    with pytest.raises(InputError, match=r"two experts, of which transformer_2/ is missing; download it too"):
+        Checkpoint(tmp_path / "d")
+    (tmp_path / "o/high_noise_model").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"two experts, of which low_noise_model/ is missing; download it too"):
+        Checkpoint(tmp_path / "o")
 
 
 def test_check_refuses_what_load_refuses(tmp_path):

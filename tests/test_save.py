@@ -161,7 +161,7 @@ def test_converted_checkpoint_loads_the_same(layout, tmp_path):
     new = Checkpoint(tmp_path / "new")
     assert new.layout == OTHER[layout]
     assert new.flow_shift == (16.0 if layout == "official" else source.flow_shift)
-    assert new.tokenizer_dir.joinpath("tokenizer.json").is_file()
+    assert new.tokenizer.joinpath("tokenizer.json").is_file()
     for network in NETWORKS:
         assert new.config(network) == source.config(network)
         assert_same_model(load(new.path, network), golden(layout, network))
