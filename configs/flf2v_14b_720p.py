@@ -5,7 +5,7 @@
 
 Values are those of the official command line (Wan2.1 `generate.py --task flf2v-14B`). In bfloat16 the DiT's weights
 take 33 GB and umT5's 11 GB; they are not on the device at the same time. Without --mesh, a mesh like those below is
-chosen; `wanjax report --config configs/flf2v_14b_720p.py` says what a device then holds.
+chosen; `wanjax plan --config configs/flf2v_14b_720p.py` says what a device then holds.
 """
 
 from wanjax.config import DiTConfig, SampleConfig
@@ -17,7 +17,7 @@ MESHES = {
     "v5p:2x2x1": "data=2,ulysses=2",
     "tpu7x:2x2x1": "data=2,ulysses=4",
 }
-"""For `wanjax report`: what the checkpoint holds, and good meshes by topology."""
+"""For `wanjax plan`: what the checkpoint holds, and good meshes by topology."""
 
 
 def get_config() -> SampleConfig:

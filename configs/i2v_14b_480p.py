@@ -10,7 +10,7 @@ from wanjax.config import DiTConfig, SampleConfig
 
 NETWORK = DiTConfig(image_positions=0)
 MESHES = {"v6e:2x4": "data=2,ulysses=4", "v5p:2x2x1": "data=2,ulysses=2"}
-"""For `wanjax report`: what the checkpoint holds, and good meshes by topology."""
+"""For `wanjax plan`: what the checkpoint holds, and good meshes by topology."""
 
 
 def get_config() -> SampleConfig:

@@ -17,7 +17,7 @@ NETWORK = DiTConfig(
     image_positions=0,
 )
 MESHES = {"v6e:1x1": "data=1", "v6e:2x4": "data=2,ulysses=4"}
-"""For `wanjax report`: what the checkpoint holds, and good meshes by topology."""
+"""For `wanjax plan`: what the checkpoint holds, and good meshes by topology."""
 
 
 def get_config() -> SampleConfig:

@@ -10,7 +10,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig()
 MESHES = {"v5p:4x4x4": "fsdp=16,ulysses=4", "v6e:16x16": "fsdp=32,ulysses=8"}
-"""For `wanjax report`: what the checkpoint holds, and good meshes (one sample per fsdp)."""
+"""For `wanjax plan`: what the checkpoint holds, and good meshes (one sample per fsdp)."""
 
 
 def get_config() -> TrainConfig:

@@ -9,7 +9,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig()
 MESHES = {"v5p:2x2x1": "ulysses=4"}
-"""For `wanjax report`: what the checkpoint holds, and the mesh by topology."""
+"""For `wanjax plan`: what the checkpoint holds, and the mesh by topology."""
 
 
 def get_config() -> TrainConfig:

@@ -9,7 +9,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig()
 MESHES = {"v5p:4x4x4": "fsdp=16,ulysses=4", "v6e:8x16": "fsdp=32,ulysses=4"}
-"""For `wanjax report`: the network, and good meshes by topology."""
+"""For `wanjax plan`: the network, and good meshes by topology."""
 
 
 def get_config() -> TrainConfig:

@@ -2,8 +2,8 @@
 
     python train_jax.py --config configs/train_flf2v_1_3b_stage1.py
 
-Wan2.1 has no FLF2V model of this size: T2V-1.3B gains the control and the image branch. It has no CLIP, so the encoders
-are those of I2V-14B, whose VAE and umT5 are the same. The mesh is for 8 chips of v6e (2x4).
+Wan2.1 has no FLF2V model of this size: T2V-1.3B gains the image condition and the image branch. It has no CLIP, so the
+encoders are those of I2V-14B, whose VAE and umT5 are the same. The mesh is for 8 chips of v6e (2x4).
 """
 
 from configs.train_flf2v import MIXED, stage
@@ -11,7 +11,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 MESHES = {"v6e:2x4": "fsdp=4,ulysses=2", "v5p:2x2x1": "fsdp=4"}
-"""For `wanjax report`: the network, and good meshes by topology."""
+"""For `wanjax plan`: the network, and good meshes by topology."""
 
 
 def get_config() -> TrainConfig:

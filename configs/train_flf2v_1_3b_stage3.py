@@ -10,7 +10,7 @@ from wanjax.config import DiTConfig, TrainConfig
 
 NETWORK = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
 MESHES = {"v6e:2x4": "fsdp=2,ulysses=4", "v5p:2x2x1": "ulysses=4"}
-"""For `wanjax report`: the network, and good meshes by topology."""
+"""For `wanjax plan`: the network, and good meshes by topology."""
 
 
 def get_config() -> TrainConfig:

@@ -10,7 +10,7 @@ from wanjax.config import DiTConfig, LoRAConfig, TrainConfig, VideoData
 
 NETWORK = DiTConfig()
 MESHES = {"v5p:2x2x1": "ulysses=4"}
-"""For `wanjax report`: what the checkpoint holds, and a good mesh."""
+"""For `wanjax plan`: what the checkpoint holds, and a good mesh."""
 
 
 def get_config() -> TrainConfig:

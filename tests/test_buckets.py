@@ -1,5 +1,7 @@
 """Batches of one shape: their order, and what stands in for clips that cannot be used."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -17,20 +19,41 @@ OF = {int(i): shape for shape, members in BUCKETS.items() for i in members}
 
 def test_batches_are_of_one_shape_and_all_clips_appear():
     order = Order(BUCKETS, size=4, seed=3)
-    assert order.batches == sum(-(-len(members) // 4) for members in BUCKETS.values())
+    assert (order.passes, order.batches) == (2, 4 + 1 + 2)  # two passes over 7, 2 and 4 clips, four at a time
     epochs = []
     for epoch in range(6):
-        batches = [[order[4 * b + k] for k in range(4)] for b in range(4 * epoch, 4 * epoch + 4)]
+        batches = [[order[4 * b + k] for k in range(4)] for b in range(7 * epoch, 7 * epoch + 7)]
         for b, batch in enumerate(batches):
-            assert {OF[i] for i in batch} == {order.shape(4 * epoch + b)}
-        seen_now = {i for batch in batches for i in batch}
-        assert {10, 11, 20, 21, 22, 23} <= seen_now
+            assert {OF[i] for i in batch} == {order.shape(7 * epoch + b)}
+        assert {i for batch in batches for i in batch} == {*OF}
         epochs.append(batches)
     assert len({str(batches) for batches in epochs}) == 6  # shuffled anew
     counts = np.bincount([i for batches in epochs for batch in batches for i in batch])
-    assert counts[:7].max() - counts[:7].min() <= 1  # 48 places for 7 clips
+    assert counts[:7].max() - counts[:7].min() <= 1  # 96 places for 7 clips
     assert set(counts[10:12]) == {12}
-    assert set(counts[20:24]) == {6}
+    assert set(counts[20:24]) == {12}
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+@pytest.mark.parametrize("sizes", [(71, 3), (200, 1), (40, 30, 4), (3,)])
+def test_small_buckets_come_no_more_often_than_others(size, sizes):
+    ends = np.cumsum((0, *sizes))
+    buckets = {(5 + 4 * i, 16, 16): np.arange(*ends[i : i + 2]) for i in range(len(sizes))}
+    order = Order(buckets, size)
+    counts = np.bincount([order[k] for k in range(order.batches * size)], minlength=ends[-1]) / order.passes
+    assert counts.min() > 0.5  # every clip in every epoch
+    means = [counts[a:b].mean() for a, b in itertools.pairwise(ends)]
+    assert max(means) / min(means) < 1.35
+
+
+def test_repeats():
+    repeats = np.ones(24, int)
+    repeats[[1, 20, 21, 22, 23]] = 3
+    order = Order(BUCKETS, 1, seed=3, repeats=repeats)
+    assert (order.passes, order.batches) == (1, 9 + 2 + 12)
+    assert sorted(order[k] for k in range(23)) == sorted(np.repeat([*OF], repeats[[*OF]]))
+    assert [order.times(k) for k in range(23)] == [0] * 23
+    assert order.times(23) == 1
 
 
 def test_order_is_random_access_and_repeatable():
@@ -71,3 +94,8 @@ class Broken:
         if index in self.bad:
             raise UnusableClip(str(index), "bad")
         return Clip(np.zeros((5, 16, 16, 3), np.uint8), "", str(index))
+
+
+def test_a_pass_that_no_memory_holds_is_refused():
+    with pytest.raises(InputError, match=r"a pass of 1,000,000,001 clips, .*; up to 33,554,432 are accepted"):
+        Order({(5, 16, 16): np.arange(2)}, 1, repeats=np.array([10**9, 1]))

@@ -68,7 +68,7 @@ def test_cache_refuses_other_settings(mesh, cached):
         with pytest.raises(InputError, match=f"has {next(iter(change))} .* they must agree"):
             objective.open_data(dataclasses.replace(cached, **change))
     index = json.loads((Path(cached.data.path) / "index.json").read_text())
-    assert index["buckets"] == [{"shape": [5, 32, 32], "clips": list(range(6))}]
+    assert index["buckets"] == [{"shape": [5, 32, 32], "clips": list(range(6)), "repeats": [1] * 6}]
     with pytest.raises(InputError, match=r"no index\.json"):
         objective.open_data(dataclasses.replace(cached, data=CachedData("tests", CLIPS)))
 

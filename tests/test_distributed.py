@@ -232,6 +232,16 @@ def test_processes_from_flags_and_environment(monkeypatch):
         read_processes(None, None, 4)
 
 
+def test_an_address_alone_is_one_line(monkeypatch):
+    def refuse(**_):
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr("jax.distributed.initialize", refuse)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:1")
+    with pytest.raises(InputError, match=r"JAX_COORDINATOR_ADDRESS here:1 alone \(Number of .*; set them, or unset it"):
+        initialize()
+
+
 def test_a_coordinator_that_does_not_answer():
     with pytest.raises(InputError, match="does not answer within 0 s"):
         initialize(f"127.0.0.1:{free_port()}", 2, 1, connect_seconds=0)

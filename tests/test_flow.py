@@ -1,3 +1,5 @@
+"""Flow matching: noising, targets and noise levels against their formulas."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

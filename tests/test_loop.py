@@ -4,10 +4,13 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import types
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from tiny import PATIENCE, on
 
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
+from wanjax.data.buckets import Order
 from wanjax.training import loop
 from wanjax.training.checkpoint import TrainCheckpoints
 from wanjax.training.log import Log
@@ -79,6 +83,17 @@ class Guessing(Objective):
         return jnp.mean((batch.value - model.guess[...]) ** 2)
 
 
+class Validating:
+    def __init__(self, function):
+        self.function = function
+
+    def compile(self, model):
+        pass
+
+    def __call__(self, step, model, log):
+        return self.function(step, model, log)
+
+
 @pytest.fixture
 def mesh():
     with on() as mesh:
@@ -87,7 +102,8 @@ def mesh():
 
 def run(workdir, source, validation=None, **change):
     """A run, new or gone on with, and what it wrote."""
-    config, objective = dataclasses.replace(CONFIG, workdir=str(workdir), **change), Guessing()
+    config = dataclasses.replace(CONFIG, workdir=str(workdir), **change)
+    objective = Guessing(config)
     checkpoints = TrainCheckpoints(workdir, config.keep)
     if checkpoints.latest is None:
         state, position = init_state(config, objective), 0
@@ -119,23 +135,55 @@ def events(workdir):
 
 
 def test_every_step_is_written(mesh, tmp_path):
-    def validation(step, model, log):
+    def validate(step, model, log):
         log.show(step, "samples/picture", np.zeros((4, 6, 3), np.uint8))
         return {"validation/loss": float(model.guess[...][0])} if step == 4 else {}
 
-    state, finished = run(tmp_path, Numbers(), validation)
+    state, finished = run(tmp_path, Numbers(), Validating(validate), warmup=2)
     assert finished
     assert int(state.step) == 6
     written = lines(tmp_path)
-    names = {"step", "loss", "grad_norm", "seconds", "numbers_per_second", "tflops", "data_wait"}
+    names = {"step", "loss", "grad_norm", "learning_rate", "seconds", "numbers_per_second", "tflops", "data_wait"}
     assert [line["step"] for line in written] == list(range(1, 7))
     assert all(set(line) - {"validation/loss"} == names for line in written)
     assert [line["step"] for line in written if "validation/loss" in line] == [4]
-    assert written[3]["validation/loss"] == pytest.approx(0.4, abs=0.01)  # Adam's steps are of 0.1
+    assert written[3]["validation/loss"] == pytest.approx(0.25, abs=0.01)  # Adam's steps are of the rate
+    assert [line["learning_rate"] for line in written] == pytest.approx([0, 0.05, 0.1, 0.1, 0.1, 0.1])
     assert written[0]["loss"] == 0.5  # of 0 and 1
     assert all(0 <= line["data_wait"] <= 1 for line in written)
     found = events(tmp_path)
     assert {(6, "train/loss"), (6, "train/data_wait"), (4, "validation/loss"), (1, "samples/picture")} <= set(found)
+
+
+class Lengths(Numbers):
+    """Batches of two lengths; those of the second are few."""
+
+    def __init__(self):
+        super().__init__()
+        self.order = Order({(1, 1, 1): np.arange(10), (2, 1, 1): np.arange(10, 12)}, CONFIG.batch)
+
+    def __getitem__(self, index):
+        return Number(np.zeros(self.order.shape(index // CONFIG.batch)[0], np.float32))
+
+
+def test_every_shape_is_compiled_before_the_first_step(mesh, tmp_path):
+    compiled, stepped = [], []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(len(stepped))
+
+    source = Lengths()
+    lengths = {source[i * CONFIG.batch].value.size for i in range(CONFIG.steps)}
+    assert lengths == {1, 2}
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        validating = Validating(lambda step, model, log: stepped.append(step) or {})
+        run(tmp_path, source, validating)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert 0 in compiled  # the listener hears
+    assert not [step for step in compiled if 0 < step < CONFIG.steps]
 
 
 def test_a_step_that_is_not_finite_names_its_clips(mesh, tmp_path):
@@ -157,7 +205,7 @@ def test_sigterm_saves_and_the_run_goes_on(mesh, tmp_path):
         return {}
 
     whole, _ = run(tmp_path / "whole", Numbers())
-    state, finished = run(tmp_path / "parts", Numbers(), stop)
+    state, finished = run(tmp_path / "parts", Numbers(), Validating(stop))
     assert not finished
     assert int(state.step) == 3
     state, finished = run(tmp_path / "parts", Numbers())
@@ -218,3 +266,40 @@ def test_data_wait_is_what_the_devices_wait(mesh, monkeypatch):
             assert measured["seconds"] == max(computed, fetched)
             assert measured["numbers_per_second"] == 2 / max(computed, fetched)
     assert str(meter) == "4.00 s/step, 0 numbers/s, 0 TFLOP/s, 75% data wait"
+
+
+INTERRUPTED_TWICE = """
+import signal, threading, time
+from wanjax.cli import exit_codes
+ready, swallowed = threading.Event(), threading.Event()
+def press():
+    for event in (ready, swallowed):  # not both at once: signals that wait for Python are one
+        event.wait()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # os.kill may choose another thread
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background command has ignored
+threading.Thread(target=press, daemon=True).start()
+with exit_codes():
+    try:
+        ready.set()
+        while True:
+            time.sleep(0.01)  # a signal just before a wait without end would be seen after it
+    except KeyboardInterrupt:  # somebody swallows it
+        swallowed.set()
+    while True:
+        time.sleep(0.01)
+"""
+
+
+def test_a_second_interrupt_ends_whatever_became_of_the_first():
+    ran = subprocess.run([sys.executable, "-c", INTERRUPTED_TWICE], capture_output=True, timeout=PATIENCE, check=False)
+    assert ran.returncode == 130
+    assert ran.stderr == b""
+
+
+def test_ctrl_c_saves_as_sigterm_does():
+    before = signal.getsignal(signal.SIGINT)
+    with loop.stop_requested() as stop:
+        assert not stop(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop(2)
+    assert signal.getsignal(signal.SIGINT) == before

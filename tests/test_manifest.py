@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from wanjax.data.manifest import Row, read_manifest, write_manifest
+from wanjax.data.listing import read_manifest
+from wanjax.data.manifest import Row, write_manifest
 from wanjax.errors import InputError
 
 LINES = [
@@ -96,11 +97,30 @@ def test_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", "video,prompt,input_image\na.mp4,words,b.png\n"),  # DiffSynth
+        ("metadata.json", '[{"file_path": "a.mp4", "text": "words", "type": "video", "width": 64, "height": 48}]'),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": "words"}'),  # datasets of the hub
+        ("m.jsonl", '{"video_path": "a.mp4", "caption": "words"}'),  # musubi-tuner
+    ],
+)
+def test_what_other_programs_write(tmp_path, name, content):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / name).write_text(content)
+    (row,) = read_manifest(tmp_path / name)
+    assert (row.path, row.name, row.caption) == (tmp_path / "a.mp4", "a.mp4", "words")
+    if name.startswith("metadata"):  # the folder that it is of will do
+        assert read_manifest(tmp_path) == [row]
+
+
+@pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"caption": "x"}, r"row 2: path None; accepted: the path of a video"),
+        ({"caption": "x"}, r"row 2: no column names the clip's file, there are caption; accepted: path, video, "),
         ({"path": 3}, r"row 2: path 3"),
         ({"path": "b.mp4", "caption": 3}, r"row 2: caption 3; accepted: text"),
+        ({"file_path": "b.mp4", "text": 3}, r"row 2: text 3; accepted: text"),
         ({"path": "b.mp4", "start": "soon"}, r"row 2: start 'soon'; accepted: seconds"),
         ({"path": "b.mp4", "start": -1}, r"row 2: start -1"),
         ({"path": "b.mp4", "start": 2, "end": 2}, r"row 2: start 2, end 2; accepted: an end behind the start"),
@@ -123,7 +143,9 @@ def test_wrong_rows_are_named(tmp_path, line, message):
         ("m.csv", b"path\na.mp4,x\n", "row 1: more or fewer cells"),
         ("m.csv", b"path\n\xff\xfe\n", "cannot be read"),
         ("m.parquet", b"no parquet", "cannot be read"),
-        ("m.txt", b"a.mp4", "is not a manifest; accepted: a .jsonl, .csv or .parquet"),
+        ("m.json", b'{"path": "a.mp4"}', "no list of objects"),
+        ("m.json", b'[{"path": "a.mp4"}', "cannot be read"),
+        ("m.txt", b"a.mp4", "is not a manifest; accepted: a .jsonl, .json, .csv or .parquet"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, name, content, message):

@@ -15,14 +15,14 @@ from wanjax.conditioning.frames import to_pixels
 from wanjax.conditioning.text import Tokenizer
 from wanjax.config import CLIPConfig, DiTConfig, ShapesData, TowersConfig, UMT5Config
 from wanjax.data.batch import make_batch
-from wanjax.data.samples import Pair
+from wanjax.data.samples import ContrastiveSample
 from wanjax.demo.shapes import VOCABULARY
-from wanjax.demo.vocabulary import vocabulary_size
+from wanjax.demo.vocabulary import vocabulary_size, word_id
 from wanjax.errors import InputError
 from wanjax.training import checks
 from wanjax.training.data import open_clips
 from wanjax.training.objectives import make_objective, reconstruction
-from wanjax.training.objectives.contrastive import Contrastive
+from wanjax.training.objectives.contrastive import Contrastive, clause_loss
 from wanjax.training.state import init_state
 from wanjax.training.step import train_step
 from wanjax.weights import Checkpoint
@@ -77,7 +77,7 @@ def test_vae_learns_and_is_exported_with_its_statistics(mesh, tmp_path, monkeypa
 
 def test_towers_learn_and_are_exported(mesh, tmp_path):
     config = dataclasses.replace(BASE, towers=TOWERS, workdir=str(tmp_path))
-    losses, objective, _batch, state = learn(config, 30)
+    losses, objective, _batch, state = learn(config, 60)
     assert losses[-1] < 0.5 * losses[0]
     path = objective.export(objective.eval_model(state))
     assert Checkpoint(path).config("umt5").vocab_size == vocabulary_size(VOCABULARY)
@@ -99,17 +99,28 @@ def test_contrastive_loss_is_two_cross_entropies(mesh):
         def embed_pictures(self, pictures):
             return jnp.asarray(clips, jnp.float32)
 
-        def embed_text(self, ids, mask):
-            return jnp.asarray(right if int(mask[0, 0]) else wrong, jnp.float32)
-
-    mask = np.stack([np.ones((4, 80)), np.zeros((4, 80))], axis=1)
-    loss = float(objective.loss(Model(), Pair(np.zeros((4, 3, 16, 16, 3)), jnp.asarray(ids), jnp.asarray(mask))))
+    texts = [jnp.asarray(x, jnp.float32) for x in (right, wrong)]
+    sample = ContrastiveSample(np.zeros((4, 3, 16, 16, 3)), jnp.asarray(ids), jnp.ones((4, 2, 80)))
+    loss = float(objective.contrast(Model(), sample, texts))
     of_clips, of_texts = [], []
     for i in range(4):
         candidates = [5 * clips[i] @ right[j] for j in range(4)] + [5 * clips[i] @ wrong[j] for j in (0, 2, 3)]
         of_clips.append(np.log(np.sum(np.exp(candidates))) - 5 * clips[i] @ right[i])
         of_texts.append(np.log(np.sum(np.exp([5 * clips[j] @ right[i] for j in range(4)]))) - 5 * clips[i] @ right[i])
     np.testing.assert_allclose(loss, (np.mean(of_clips) + np.mean(of_texts)) / 2, rtol=1e-5)
+
+
+def test_tokens_are_to_tell_the_words_of_their_clauses():
+    a, b, end = 6, 7, word_id(";")
+    ids, mask = jnp.array([[a, a, end, b, 0]]), jnp.array([[True, True, True, True, False]])
+    clauses = [{a, end}, {a, end}, {a, end}, {b}, set()]
+    right = np.array([[[20.0 if word in clause else -20.0 for word in range(9)] for clause in clauses]])
+    assert float(clause_loss(jnp.asarray(right), ids, mask)) < 1e-6
+    other = right.copy()
+    other[0, 3, a] = 20  # one of four tokens takes a word of another clause for one of its own
+    np.testing.assert_allclose(float(clause_loss(jnp.asarray(other), ids, mask)), 20 / 4, rtol=1e-5)
+    other[0, 4] = 20  # where there is no token, nothing counts
+    np.testing.assert_allclose(float(clause_loss(jnp.asarray(other), ids, mask)), 20 / 4, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

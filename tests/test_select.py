@@ -11,14 +11,15 @@ import pytest
 from tiny import DIFFUSERS
 
 from wanjax import commands
-from wanjax.data.manifest import read_manifest, write_manifest
+from wanjax.data.listing import read_manifest
+from wanjax.data.manifest import write_manifest
 from wanjax.data.videos import Videos
 from wanjax.demo.shapes import ProceduralClips, caption
 from wanjax.errors import InputError
 from wanjax.media import write_video
 from wanjax.selection import select
 from wanjax.selection.score_log import ScoreLog
-from wanjax.selection.scores import Distance, find_cuts, find_duplicates, fingerprint, score
+from wanjax.selection.scores import Distance, find_cuts, find_duplicates, score, video_fingerprint
 from wanjax.selection.select import Criteria, Reason, judge
 
 
@@ -81,7 +82,7 @@ def test_near_duplicates():
     noisy = np.clip(first.astype(int) + np.random.default_rng(0).normal(0, 4, first.shape), 0, 255).astype(np.uint8)
     smaller = np.stack([np.asarray(PIL.Image.fromarray(frame).resize((72, 48))) for frame in first])
     ended = np.concatenate([first[:5], other[5:]])  # begins alike, but is no duplicate
-    prints = [fingerprint(video) for video in (first, other, noisy, ended, smaller)]
+    prints = [video_fingerprint(video) for video in (first, other, noisy, ended, smaller)]
     assert find_duplicates(prints, 6) == {2: 0, 4: 0}
     assert find_duplicates([prints[0]] * 3, 0) == {1: 0, 2: 0}
     assert find_duplicates([], 6) == {}

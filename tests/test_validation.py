@@ -21,7 +21,7 @@ from wanjax.errors import InputError
 from wanjax.training import checks, metrics
 from wanjax.training.log import Log
 from wanjax.training.objectives import Data, make_objective
-from wanjax.training.objectives.flow_matching import SIGMAS, Noised
+from wanjax.training.objectives.flow_matching import SIGMAS, FlowMatchingBatch
 from wanjax.training.validation import open_validation
 
 CONFIG = dataclasses.replace(
@@ -61,7 +61,7 @@ def test_losses_and_samples_of_the_dit(mesh, tmp_path):
     held_out = dataclasses.replace(config, data=config.validation, tasks=tasks, batch=2)
     data = objective.open_data(held_out)
     sigma = jax.jit(lambda: constrain(jnp.full(2, 0.6), "batch"))()
-    loss = jax.jit(lambda model, batch, noise: objective.loss(model, Noised(batch, noise, sigma)))
+    loss = jax.jit(lambda model, batch, noise: objective.loss(model, FlowMatchingBatch(batch, noise, sigma)))
     found = []
     for number in (0, 1):
         batch = data.encode(make_batch(data.source, 2 * number, 2))
@@ -113,9 +113,12 @@ def test_loss_of_a_vae(mesh, tmp_path):
     ],
 )
 def test_refused(change, message):
-    config = dataclasses.replace(CONFIG, workdir="unused", **change)
-    with pytest.raises(InputError, match=message):
+    def check():
+        config = dataclasses.replace(CONFIG, workdir="unused", **change)
         checks.check(config, make_objective(config), MeshShape())
+
+    with pytest.raises(InputError, match=message):
+        check()
 
 
 def test_samples_without_encoders_are_refused(mesh):

@@ -21,8 +21,8 @@ LEFT_OUT = {
     "one frame.mp4": "1 frames at 16 fps, the shortest bucket takes 5",
     "sound.mp4": "holds sound alone",
 }
-CUT_OFF = "cut off.mp4"
-"""Promises nine frames and has fewer: found out when it is decoded."""
+DAMAGED = "damaged.mp4"
+"""Promises nine frames and has noise in place of some: found out when it is decoded."""
 
 
 @pytest.fixture
@@ -42,8 +42,9 @@ def folder(tmp_path):
     (clips / "garbage.mp4").write_bytes(np.random.default_rng(0).bytes(4000))
     sound(clips / "sound.mp4")
     noise = np.random.default_rng(0).integers(0, 255, (9, 48, 48, 3), np.uint8)
-    whole = encode(clips / CUT_OFF, noise).read_bytes()
-    (clips / CUT_OFF).write_bytes(whole[: len(whole) // 2])
+    whole = encode(clips / DAMAGED, noise).read_bytes()
+    half = len(whole) // 2
+    (clips / DAMAGED).write_bytes(whole[:half] + np.random.default_rng(1).bytes(len(whole) - half))
     for path in clips.glob("*.mp4"):
         path.with_suffix(".txt").write_text(f"caption of {path.stem}")
     return clips
@@ -64,7 +65,7 @@ def test_both_ways_give_the_same_samples(folder, tmp_path, monkeypatch, capsys, 
         caplog.clear()
         assert lines[:-1] == [f"left out: {name}: {reason}" for name, reason in LEFT_OUT.items()]
         assert lines[-1].startswith("3 of 9 clips cannot be used: 1 x cannot be decoded (Invalid data")
-        assert [line.partition(": ")[2].partition(": ")[0] for line in logged] == [CUT_OFF]  # once
+        assert [line.partition(": ")[2].partition(": ")[0] for line in logged] == [DAMAGED]  # once
 
     pixels = config(VideoData(str(folder)))
     cached = config(CachedData(str(tmp_path / "cache"), pixels.data))

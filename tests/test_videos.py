@@ -53,13 +53,13 @@ def test_frames_are_those_shown_at_16_fps(tmp_path, rate, suffix):
     np.testing.assert_allclose(got, np.round(shown), atol=2.5)
 
 
-@pytest.mark.parametrize(("b_frames", "frames"), [(0, 13), (3, 9)])  # the muxer's duration is short with B-frames
-def test_variable_frame_rate(tmp_path, b_frames, frames):
+@pytest.mark.parametrize("b_frames", [0, 3])  # with B-frames the header's duration is too short
+def test_variable_frame_rate(tmp_path, b_frames):
     times = [0, 0.04, 0.1, 0.11, 0.5, 0.52, 0.9]
     levels = [20, 50, 80, 110, 140, 170, 200]
     path = encode(tmp_path / "a.mp4", gray(levels), times, options={"bf": str(b_frames)})
-    got = seen(videos(path, frames=frames)[0].video)
-    shown = [levels[max(i for i, t in enumerate(times) if t <= k / 16 + 0.001)] for k in range(frames)]
+    got = seen(videos(path, frames=13)[0].video)
+    shown = [levels[max(i for i, t in enumerate(times) if t <= k / 16 + 0.001)] for k in range(13)]
     np.testing.assert_allclose(got, shown, atol=2.5)
 
 
@@ -84,17 +84,20 @@ def test_streams_that_do_not_start_at_zero(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-@pytest.mark.parametrize(("count", "frames"), [(5, 5), (8, 5), (9, 9), (12, 9), (17, 17), (40, 17)])
+@pytest.mark.parametrize(("count", "frames"), [(5, 5), (7, 5), (9, 9), (12, 9), (16, 17), (40, 17)])
 def test_length_is_the_longest_bucket_that_fits(tmp_path, suffix, count, frames):
+    """At the very end of a clip its last picture stands once more: 16 frames are a second, which takes 17."""
     path = encode(tmp_path / f"a{suffix}", gray(np.linspace(20, 230, count)))
     clips = videos(path, frames=17, lengths=(5, 9, 17))
     assert clips.shape(0) == (frames, 48, 64)
-    assert clips[0].video.shape == (frames, 48, 64, 3)
+    video = clips[0].video
+    assert video.shape == (frames, 48, 64, 3)
+    assert (video[-1] == video[-2]).all() == (count == 16)
 
 
 def test_end_bounds_the_clip(tmp_path):
     path = encode(tmp_path / "a.mp4", gray(np.linspace(20, 230, 40)))
-    clips = videos(path, rows=[Row(path, "a", "", 0.5, 0.5 + 9.2 / 16), Row(path, "b", "", 2.0, 9.0)], frames=17)
+    clips = videos(path, rows=[Row(path, "a", "", 0.5, 0.5 + 9.2 / 16), Row(path, "b", "", 2.1, 9.0)], frames=17)
     assert [clips.shape(i)[0] for i in range(2)] == [9, 5]
     assert clips[1].video.shape[0] == 5
 
@@ -187,7 +190,7 @@ def test_buckets_are_of_the_vaes_geometry():
     assert clips.lengths == (17, 9)
     assert (128, 128) in clips.sizes
     assert all(height % 32 == width % 32 == 0 for height, width in clips.sizes)
-    with pytest.raises(InputError, match="clips of 13 frames; accepted: 8n \\+ 1, at least 9"):
+    with pytest.raises(InputError, match="clips of 13 frames; accepted: 8n \\+ 1"):
         Videos([], frames=13, temporal_factor=8)
 
 
@@ -217,5 +220,9 @@ def test_arguments_are_checked(tmp_path, options, message):
 
 
 def test_captions_are_required(tmp_path):
-    with pytest.raises(InputError, match=r"1 of 2 clips have no caption, the first b;"):
-        Videos([Row(tmp_path / "a.mp4", "a", ""), Row(tmp_path / "b.mp4", "b")])
+    with pytest.raises(
+        InputError,
+        match=r"1 of 2 clips have no caption, the first b \(there are the columns text_en, fps\); "
+        r"accepted: one, perhaps empty, in a column caption, prompt or text;",
+    ):
+        Videos([Row(tmp_path / "a.mp4", "a", ""), Row(tmp_path / "b.mp4", "b", columns={"text_en": "x", "fps": 16})])

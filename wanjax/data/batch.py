@@ -70,6 +70,12 @@ class Batches:
         self.position += 1
         return batch if self.encode is None else self.encode(batch)
 
+    def example(self, number: int) -> Any:
+        """A batch of the shapes of batch `number`: one of its samples again and again. The position stays."""
+        rows = host_rows(self.size)
+        batch = shard_batch([self.source[number * self.size + rows[0]]] * len(rows), self.size)
+        return batch if self.encode is None else self.encode(batch)
+
     def names(self, number: int) -> list[str]:
         """The clips of batch `number`."""
         return [self.source.name(number * self.size + row) for row in range(self.size)]

@@ -24,6 +24,12 @@ from wanjax.errors import InputError
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, int, int]  # frames, height, width
+MOST_IN_A_PASS = 2**25
+"""Clips in a pass over the data, each counted as often as it repeats; the order of a pass is in memory."""
+_NEAR = 0.15
+"""By how much of its share a bucket may come more or less often than another."""
+_MOST_PASSES = 256
+"""Over the data in an epoch."""
 _TOGETHER = 16  # clips that a thread asks for at a time: sets that need no files may be very large
 
 
@@ -63,14 +69,22 @@ def group(clips: Clips, threads: int = 8, progress: bool = False) -> Groups:
             bar.update(len(part))
     found: dict[Shape, list[int]] = {}
     unusable: dict[str, str] = {}
+    unusable |= getattr(clips, "left_out", {})
     for index, answer in enumerate(answers):
         if isinstance(answer, UnusableClip):
             unusable[answer.name] = answer.reason
         else:
             found.setdefault(answer, []).append(index)
     if not found:
-        raise InputError(f"{describe(unusable, len(clips))}; accepted: at least one usable clip; see to the files")
+        raise InputError(
+            f"{describe_unusable(unusable, total(clips))}; accepted: at least one usable clip; see to the files"
+        )
     return Groups({shape: np.array(found[shape]) for shape in sorted(found)}, unusable)
+
+
+def total(clips: Clips) -> int:
+    """Clips of a set, and files in its place that are none."""
+    return len(clips) + len(getattr(clips, "left_out", {}))
 
 
 def _shape(clips: Clips, index: int) -> Shape | UnusableClip:
@@ -80,7 +94,7 @@ def _shape(clips: Clips, index: int) -> Shape | UnusableClip:
         return error
 
 
-def describe(unusable: Mapping[str, str], total: int) -> str:
+def describe_unusable(unusable: Mapping[str, str], total: int) -> str:
     """One line: how many clips of how many are left out, the commonest reasons, and a name for each."""
     reasons = Counter(unusable.values()).most_common(3)
     first = {reason: next(name for name, why in unusable.items() if why == reason) for reason, _ in reasons}
@@ -91,43 +105,74 @@ def describe(unusable: Mapping[str, str], total: int) -> str:
 class Order:
     """Which clip is sample `k`, for every k from 0 on, without end: each batch from one bucket, all of it shuffled.
 
-    In an epoch a bucket gives as many batches as it has clips for, rounded up; what rounding adds are its next clips,
-    so that in the long run every clip of a bucket is seen as often as any other.
+    A bucket gives batches in proportion to its clips, each counted as often as it repeats. For that, an epoch is as
+    many passes over the data as it takes for the small buckets to fill whole batches. Every clip of a bucket is seen as
+    often as it repeats before any is seen again.
 
     Attributes:
       batches: in an epoch.
+      passes: over the data in an epoch, about.
 
     Args:
       buckets: shape -> indices of its clips.
       size: samples in a batch, over all hosts.
       seed: not negative.
+      repeats: how often a clip comes in a pass, by its index; None: once.
+
+    Raises:
+      InputError: a pass is longer than `MOST_IN_A_PASS`.
     """
 
-    def __init__(self, buckets: Mapping[Shape, np.ndarray], size: int, seed: int = 0):
+    def __init__(
+        self, buckets: Mapping[Shape, np.ndarray], size: int, seed: int = 0, repeats: np.ndarray | None = None
+    ):
         self.size = size
         self.shapes = list(buckets)
-        counts = [-(-len(buckets[shape]) // size) for shape in self.shapes]
+        if repeats is not None and (length := sum(repeats[clips].sum() for clips in buckets.values())) > MOST_IN_A_PASS:
+            raise InputError(
+                f"a pass of {length:,} clips, each counted as often as it repeats; up to {MOST_IN_A_PASS:,} are "
+                "accepted; let clips repeat less often, or give shares that differ less"
+            )
+        self._members = [
+            buckets[shape] if repeats is None else np.repeat(buckets[shape], repeats[buckets[shape]])
+            for shape in self.shapes
+        ]
+        lengths = np.array([len(members) for members in self._members])
+        self.passes = _passes(lengths / size)
+        counts = _batches(lengths / size, self.passes)
         self._ends = np.cumsum(counts)
-        self._members = [buckets[shape] for shape in self.shapes]
         self.batches = int(self._ends[-1])
         self._seed = seed
         self._shuffles: dict[tuple[int, int], np.ndarray] = {}  # those in use, by what is shuffled and epoch
 
     def __getitem__(self, sample: int) -> int:
         """Index of the clip that is sample `sample`."""
-        batch, place = divmod(int(sample), self.size)
-        bucket, number = self._find(batch)
+        bucket, epoch, at = self._place(sample)
         members = self._members[bucket]
-        epoch, at = divmod(number * self.size + place, len(members))
         return int(members[self._shuffle(bucket + 1, epoch, len(members))[at]])
 
-    def epoch(self, sample: int) -> int:
-        """How many times all batches were taken before sample `sample`."""
-        return int(sample) // self.size // self.batches
+    def times(self, sample: int) -> int:
+        """How many times all clips of its bucket came before sample `sample`."""
+        return self._place(sample)[1]
 
     def shape(self, batch: int) -> Shape:
         """Frames, height and width of the clips in batch `batch`."""
         return self.shapes[self._find(batch)[0]]
+
+    def first_batches(self) -> dict[Shape, int]:
+        """By shape, the first batch that has it."""
+        found: dict[Shape, int] = {}
+        for batch in range(self.batches):  # an epoch has all of them
+            found.setdefault(self.shape(batch), batch)
+            if len(found) == len(self.shapes):
+                break
+        return found
+
+    def _place(self, sample: int) -> tuple[int, int, int]:
+        """The bucket of a sample, how often the bucket was gone through before, and the place in its order now."""
+        batch, place = divmod(int(sample), self.size)
+        bucket, number = self._find(batch)
+        return bucket, *divmod(number * self.size + place, len(self._members[bucket]))
 
     def _find(self, batch: int) -> tuple[int, int]:
         """The bucket of a batch, and the batch's number among all that this bucket ever gives."""
@@ -152,6 +197,20 @@ class Order:
                 self._shuffles = {}
             self._shuffles[what, epoch] = order
         return order
+
+
+def _passes(shares: np.ndarray) -> int:
+    """The fewest passes in which every bucket gets whole batches near its share, which is batches a pass `[n]`."""
+    errors = {}
+    for passes in range(1, _MOST_PASSES + 1):
+        errors[passes] = float(abs(_batches(shares, passes) / (shares * passes) - 1).max())
+        if errors[passes] <= _NEAR:
+            return passes
+    return min(errors, key=lambda passes: errors[passes])
+
+
+def _batches(shares: np.ndarray, passes: int) -> np.ndarray:
+    return np.maximum(1, np.round(shares * passes)).astype(int)
 
 
 class Usable:

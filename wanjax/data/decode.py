@@ -1,4 +1,4 @@
-"""Reading video files: what a file's header says, and pictures at given times.
+"""Reading video files: how large and long a video is, and its pictures at given times.
 
     facts = probe(path)                             # size as shown, seconds; only the first frame is decoded
     decode(path, times, height, width)              # uint8 [F, H, W, 3]
@@ -9,18 +9,28 @@ for HD, BT.601 below), interlacing left in, high dynamic range not mapped down. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
-from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
-from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-TOLERANCE = 0.001  # seconds; containers that count milliseconds round every time by up to half of one
+from wanjax.data.pictures import is_picture, picture_frames, picture_seconds
+from wanjax.data.timing import (
+    TOLERANCE,
+    Damaged,
+    OutOfOrderError,
+    damaged,
+    open_video,
+    pixel_aspect,
+    seconds,
+    shown_frames,
+    video_stream,
+)
+
 _UNSPECIFIED = 2  # how H.273 codes colours that nothing is said about
 # Bicubic that widens with the reduction, so antialiased; every colour sample used; the same bits on every processor.
 _RESIZE = (
@@ -30,19 +40,13 @@ _RESIZE = (
     | Interpolation.FULL_CHR_H_INP
     | Interpolation.BITEXACT
 )
-# Titles that are no UTF-8 do not matter. PyAV 19 reads them without being told, and knows the option no more.
-_TITLES: dict[str, Any] = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
-
-
-class Damaged(Exception):  # noqa: N818
-    """The file holds no video that can be decoded as asked; the message says why."""
 
 
 class Facts(NamedTuple):
     """What a file says about its video.
 
     height, width: as shown, of the first frame: upright, in square pixels.
-    seconds: from the first frame up to the end of the last.
+    seconds: from the first frame up to the end of the last; 0 of a still picture.
     """
 
     height: int
@@ -65,17 +69,20 @@ def probe(path: str | Path) -> Facts:
       Damaged: it is missing, is no video, has no pictures, or its first frame cannot be decoded.
       OSError: the disk fails or may not be read.
     """
-    with _open(path) as container:
+    if is_picture(path):
+        first, length = picture_seconds(path)
+        return Facts(first.height, first.width, length)
+    with open_video(path) as container:
         try:
-            stream = _stream(container)
+            stream = video_stream(container)
             stream.thread_count = 1  # frame threads would first take in several frames
             first = next(container.decode(stream), None)
             if first is None:
                 raise Damaged("no frame can be decoded")
-            height, width = _shown_size(first, stream)
-            return Facts(round(height), round(width), _seconds(container, stream))
+            height, width = _shown_size(first, pixel_aspect(stream))
         except av.FFmpegError as error:
-            raise _damaged(error) from error
+            raise damaged(error, path) from error
+    return Facts(round(height), round(width), seconds(path, first))
 
 
 def decode(path: str | Path, times: Sequence[float], height: int, width: int) -> np.ndarray:
@@ -93,36 +100,49 @@ def decode(path: str | Path, times: Sequence[float], height: int, width: int) ->
       Damaged: as `probe`; also if the video ends before the last time, or a frame up to there is damaged.
       OSError: the disk fails or may not be read.
     """
-    video = np.empty((len(times), height, width, 3), np.uint8)
-    with _open(path) as container:
-        try:
-            stream = _stream(container)
-            stream.thread_type, stream.thread_count = "AUTO", 0
-            painter = Painter(stream, height, width)
-            filled = 0
-            for frame, until in _shown(container, stream, times[0]):
-                picture = None
-                while filled < len(times) and times[filled] < until - TOLERANCE:
-                    picture = painter(frame) if picture is None else picture
-                    video[filled] = picture
-                    filled += 1
-                if filled == len(times):
-                    return video
-        except av.FFmpegError as error:
-            raise _damaged(error) from error
-    raise Damaged(f"ends before {times[filled]:.2f} s")
+    try:
+        found = list(pictures_at(path, times, height, width))
+    except OutOfOrderError:
+        found = list(pictures_at(path, times, height, width, by_dts=True))
+    return np.stack(found)
+
+
+def pictures_at(
+    path: str | Path, times: Iterable[float], height: int, width: int, by_dts: bool = False
+) -> Iterator[np.ndarray]:
+    """The pictures of `decode`, one after the other, uint8 `[H, W, 3]`; one shown at several times is one array.
+
+    Raises:
+      OutOfOrderError: what came is wrong: ask for them `by_dts`.
+      Damaged, OSError: as `decode`.
+    """
+    painter, coming = Painter(height, width), iter(times)
+    time = next(coming)
+    try:
+        frames = picture_frames(path) if is_picture(path) else shown_frames(path, time, by_dts)
+        for frame, _, until, aspect in frames:
+            picture = None
+            while time < until - TOLERANCE:
+                picture = painter(frame, aspect) if picture is None else picture
+                yield picture
+                time = next(coming, None)
+                if time is None:
+                    return
+    except av.FFmpegError as error:
+        raise damaged(error, path) from error
+    raise Damaged(f"ends before {time:.2f} s")
 
 
 class Painter:
-    """Turns frames of a stream into upright RGB pictures uint8 `[H, W, 3]` of one size."""
+    """Turns frames into upright RGB pictures uint8 `[H, W, 3]` of one size."""
 
-    def __init__(self, stream: av.VideoStream, height: int, width: int):
-        self.stream, self.height, self.width = stream, height, width
+    def __init__(self, height: int, width: int):
+        self.height, self.width = height, width
         self.reformatter = VideoReformatter()
 
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """The picture of a frame."""
-        shown_h, shown_w = _shown_size(frame, self.stream)
+    def __call__(self, frame: av.VideoFrame, aspect: float) -> np.ndarray:
+        """The picture of a frame whose pixels are so many times as wide as high."""
+        shown_h, shown_w = _shown_size(frame, aspect)
         scale = max(self.height / shown_h, self.width / shown_w)
         h, w = max(self.height, round(shown_h * scale)), max(self.width, round(shown_w * scale))
         turn = _orientation(frame)
@@ -138,88 +158,11 @@ class Painter:
         return pixels[top : top + self.height, left : left + self.width]  # [H, W, 3]
 
 
-# ------------------------------------------------------------------------------------------------ container and time
-
-
-def _open(path: str | Path) -> InputContainer:
-    try:
-        return av.open(str(path), **_TITLES)
-    except FileNotFoundError as error:
-        raise Damaged("the file does not exist") from error
-    except av.FFmpegError as error:
-        raise _damaged(error) from error
-
-
-def _damaged(error: av.FFmpegError) -> Exception:
-    """A broken file is left out, but a failing disk must stop the run: it would fail otherwise on every host."""
-    if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
-        return error
-    return Damaged(f"cannot be decoded ({error.strerror})")
-
-
-def _stream(container: InputContainer) -> av.VideoStream:
-    """The first video stream that is no cover picture."""
-    for stream in container.streams.video:
-        if not stream.disposition & Disposition.attached_pic:
-            return stream
-    raise Damaged("holds no video" if not container.streams.audio else "holds sound alone")
-
-
-def _start(stream: av.VideoStream) -> float:
-    return float((stream.start_time or 0) * (stream.time_base or 0))
-
-
-def _seconds(container: InputContainer, stream: av.VideoStream) -> float:
-    """Length of the video. Where the header has none (Matroska), that of the packets behind its last keyframe."""
-    if stream.duration:
-        return float(stream.duration * (stream.time_base or 0))
-    if container.duration:
-        container.seek(container.start_time + container.duration if container.start_time else container.duration)
-    else:
-        container.seek(0)
-    ends = [((packet.pts or 0) + (packet.duration or 0)) * packet.time_base for packet in container.demux(stream)]
-    return float(max(ends, default=0)) - _start(stream)
-
-
-def _shown(container: InputContainer, stream: av.VideoStream, start: float) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Each frame from the one shown at `start` on, and when it is shown until."""
-    frames = _timed(container, stream, start)
-    held, since = next(frames, (None, 0.0))
-    if held is not None and since > start + TOLERANCE and start > 0:  # the seek went too far
-        container.seek(0, stream=stream)
-        frames = _timed(container, stream, 0)
-        held, since = next(frames, (None, 0.0))
-    if held is None:
-        return
-    last = 0.0
-    for frame, time in frames:
-        yield held, time
-        held, last, since = frame, time - since, time
-    duration = float((held.duration or 0) * (stream.time_base or 0)) or last
-    yield held, since + duration + 2 * TOLERANCE
-
-
-def _timed(container: InputContainer, stream: av.VideoStream, start: float) -> Iterator[tuple[av.VideoFrame, float]]:
-    """Frames from a keyframe at or before `start` on, with their times."""
-    base = float(stream.time_base or 0)
-    if start > 0:
-        container.seek(int((start + _start(stream)) / base), stream=stream)
-    step = float(1 / (stream.average_rate or 25))
-    time = -step
-    for frame in container.decode(stream):
-        # Some old containers time no frames; then they follow each other at the average rate.
-        time = time + step if frame.pts is None else frame.pts * base - _start(stream)
-        if frame.is_corrupt:  # parts of it are invented, and frames predicted from it take them over unmarked
-            raise Damaged(f"damaged at {time:.2f} s")
-        yield frame, time
-
-
 # ----------------------------------------------------------------------------------------------- geometry and colour
 
 
-def _shown_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[float, float]:
+def _shown_size(frame: av.VideoFrame, aspect: float) -> tuple[float, float]:
     """Height and width when upright in square pixels; the shorter way of a pixel keeps its resolution."""
-    aspect = float(stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1) or 1.0
     height, width = frame.height * max(1.0, 1 / aspect), frame.width * max(1.0, aspect)
     return (width, height) if _orientation(frame).swap else (height, width)
 

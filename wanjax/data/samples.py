@@ -17,20 +17,19 @@ from wanjax.conditioning.text import Tokenizer
 from wanjax.config import TaskMix, TrainConfig
 from wanjax.data.buckets import Order
 from wanjax.data.clip import Clips
-from wanjax.errors import InputError
 
 
-class Snippet(NamedTuple):
+class ReconstructionSample(NamedTuple):
     """A part of a clip, for the VAE: `video` uint8 `[F, H, W, 3]`, and which of its frames are to be seen, `[F]`."""
 
     video: Any
     given: Any
 
 
-class Snippets:
+class ReconstructionSamples:
     """`SampleSource` of what a VAE learns: parts of clips.
 
-    The VAE also encodes control videos, of which few frames are given and the rest is grey; `hidden` is their share.
+    The VAE also encodes condition videos, of which few frames are given and the rest is grey; `hidden` is their share.
 
     Args:
       clips: to take them from.
@@ -42,7 +41,7 @@ class Snippets:
     def __init__(self, clips: Clips, order: Order, config: TrainConfig, hidden: float = 0.2):
         self.clips, self.order, self.config, self.hidden = clips, order, config, hidden
 
-    def __getitem__(self, index: int) -> Snippet:
+    def __getitem__(self, index: int) -> ReconstructionSample:
         """Sample `index`, from 0."""
         rng = np.random.default_rng((self.config.seed, index))
         video, size = self.clips[self.order[index]].video, self.config.snippet
@@ -52,7 +51,7 @@ class Snippets:
         if rng.random() < self.hidden:
             given = rng.random(size[0]) < 0.2
             given[rng.choice([0, -1])] = True
-        return Snippet(part, given)
+        return ReconstructionSample(part, given)
 
     def name(self, index: int) -> str:
         """Which clip it is of."""
@@ -60,14 +59,14 @@ class Snippets:
 
 
 def draw_given(tasks: TaskMix, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """The given frames of a task drawn by its weight: bool `[F]`.
+    """The given frames of a task drawn by its weight: bool `[F]`. Of a picture none: it would be all there is.
 
     Raises:
       InputError: no task has a weight.
     """
+    if frames == 1:
+        return np.zeros(1, bool)
     weights = {task: weight for task, weight in tasks.weights.items() if weight > 0}
-    if not weights:
-        raise InputError(f"tasks {tasks.weights}: all weights are 0; one above 0 is needed; set flf2v=1.0")
     shares = np.array(list(weights.values()))
     task: Any = list(weights)[int(rng.choice(len(weights), p=shares / shares.sum()))]
     count = int(rng.integers(2, max(3, min(tasks.max_count, frames - 1) + 1))) if task == "continuation" else 1
@@ -81,7 +80,7 @@ def draw_given(tasks: TaskMix, frames: int, rng: np.random.Generator) -> np.ndar
 class TaskSamples:
     """`SampleSource` of what the DiT learns, in pixels: clips with what is given of them.
 
-    Sample n is clip `order[n]`. What is given of it depends on the clip and on the epoch modulo
+    Sample n is clip `order[n]`. What is given of it depends on the clip and on how often it came before, modulo
     `config.tasks.variants`, and on nothing else: so a cache can hold it.
 
     Args:
@@ -128,7 +127,7 @@ class TaskSamples:
 
 def locate(index: int, order: Order, config: TrainConfig) -> tuple[int, int]:
     """Which clip sample `index` is, and which draw of what is given."""
-    return order[index], order.epoch(index) % config.tasks.variants
+    return order[index], order.times(index) % config.tasks.variants
 
 
 def dropped(config: TrainConfig, index: int) -> tuple[bool, bool]:
@@ -138,7 +137,7 @@ def dropped(config: TrainConfig, index: int) -> tuple[bool, bool]:
     return bool(no_caption), bool(no_images)
 
 
-class Pair(NamedTuple):
+class ContrastiveSample(NamedTuple):
     """Pictures of a clip as CLIP takes them `[k, s, s, 3]`, its caption, and a wrong one: tokens `[2, l]`, mask."""
 
     pictures: Any
@@ -146,7 +145,7 @@ class Pair(NamedTuple):
     mask: Any
 
 
-class Pairs:
+class ContrastiveSamples:
     """`SampleSource` of what umT5 and CLIP learn from one another: clips and captions.
 
     Beside the captions of other clips, there is a wrong one for each clip that is nearly right, where the clips can
@@ -164,7 +163,7 @@ class Pairs:
         self.clips, self.order, self.config = clips, order, config
         self.tokenizer, self.image_size = tokenizer, image_size
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> ContrastiveSample:
         """Sample `index`, from 0."""
         number = self.order[index]
         clip = self.clips[number]
@@ -172,7 +171,7 @@ class Pairs:
         other = getattr(self.clips, "other_caption", lambda number, rng: clip.caption)(number, rng)
         frames = [clip.video[i] for i in (0, len(clip.video) // 2, -1)]
         pictures = np.stack([images.clip_pixels(frame, self.image_size, "official") for frame in frames])
-        return Pair(pictures, *self.tokenizer([clip.caption, other]))
+        return ContrastiveSample(pictures, *self.tokenizer([clip.caption, other]))
 
     def name(self, index: int) -> str:
         """Which clip it is of."""

@@ -18,7 +18,7 @@ class Synthetic:
 
     Args:
       config: height, width, frames and seed are used.
-      dit: sizes of the features, and whether there are images and a control branch.
+      dit: sizes of the features, and whether there are images and an image condition.
       distinct: how many different samples there are, over and over; None: no end of them.
     """
 
@@ -39,13 +39,13 @@ class Synthetic:
         text = _normal(rng, (c.text_len, c.text_dim))
         image = None if c.image_dim is None else _normal(rng, (c.image_positions or 257, c.image_dim))
         text[int(rng.integers(1, c.text_len + 1)) :] = 0  # behind the caption
-        return Encoded(latents, text, image, self._control(latents))
+        return Encoded(latents, text, image, self._image_condition(latents))
 
     def name(self, index: int) -> str:
         """Which of the different samples it is."""
         return f"synthetic-{index if self.distinct is None else index % self.distinct}"
 
-    def _control(self, latents: np.ndarray) -> np.ndarray | None:
+    def _image_condition(self, latents: np.ndarray) -> np.ndarray | None:
         if self.dit.in_channels == self.dit.out_channels:
             return None
         known = self.mask.any(axis=-1, keepdims=True)  # [f, h, w, 1]

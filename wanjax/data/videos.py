@@ -20,10 +20,13 @@ import numpy as np
 from wanjax.config import WAN_VAE, DiTConfig
 from wanjax.data.clip import Clip, UnusableClip
 from wanjax.data.decode import TOLERANCE, Damaged, Facts, decode, probe
-from wanjax.data.manifest import Row, read_manifest
+from wanjax.data.listing import Listing, list_clips
+from wanjax.data.manifest import CAPTIONS, MOST_SECONDS, Row
+from wanjax.data.pictures import is_picture
 from wanjax.errors import InputError
 
 RATIOS = (Fraction(16, 9), Fraction(4, 3), Fraction(1), Fraction(3, 4), Fraction(9, 16))  # width / height
+LARGEST_SIDE = 2**16  # of a video that a manifest tells of
 LARGEST = 4096  # root of the largest area: all sizes up to it are compared
 
 
@@ -36,12 +39,13 @@ class Videos:
 
     Attributes:
       rows: of the manifest.
+      left_out: files of the folder that are no clips: name -> reason.
       lengths: frames of the buckets, longest first.
       sizes: (height, width) of the buckets.
 
     Args:
       source: a manifest or a folder (`wanjax.data.manifest`), or its rows.
-      frames: of the longest bucket, 4n + 1, at least 5 (with the published VAE).
+      frames: of the longest bucket, 4n + 1 (with the published VAE). A picture is one frame, in buckets of its own.
       area: pixels of a frame, about.
       fps: frames a second; 16 is the model's.
       lengths: frames of the buckets, each 4n + 1; None: `frames` and about three, two and one quarters of it.
@@ -69,12 +73,14 @@ class Videos:
         if not 0 < fps <= 240:
             raise InputError(f"{fps} frames a second; accepted: above 0, up to 240; the model was trained with 16")
         self.fps = float(fps)
-        self.rows = read_manifest(source) if isinstance(source, (str, Path)) else list(source)
-        without = [row.name for row in self.rows if row.caption is None]
+        found = list_clips(source) if isinstance(source, (str, Path)) else Listing(list(source), {})
+        self.rows, self.left_out = found
+        without = [row for row in self.rows if row.caption is None]
         if without:
             raise InputError(
-                f"{len(without)} of {len(self.rows)} clips have no caption, the first {without[0]}; accepted: one, "
-                "perhaps empty; fill the column caption, or write NAME.txt beside each video"
+                f"{len(without)} of {len(self.rows)} clips have no caption, the first {without[0].name}"
+                f"{_columns(without[0])}; accepted: one, perhaps empty, in a column {', '.join(CAPTIONS[:-1])} or "
+                f"{CAPTIONS[-1]}; rename that column or fill it in, or write NAME.txt beside each video of a folder"
             )
         self._facts: dict[int, Facts | UnusableClip] = {}
 
@@ -90,7 +96,8 @@ class Videos:
         """
         frames, height, width = self.shape(index)
         row = self.rows[index]
-        times = [row.start + k / self.fps for k in range(frames)]
+        last = row.start + self.facts(index).seconds - 2 * TOLERANCE
+        times = [max(row.start, min(row.start + k / self.fps, last)) for k in range(frames)]
         try:
             video = decode(row.path, times, height, width)
         except Damaged as error:
@@ -106,13 +113,18 @@ class Videos:
         """
         height, width, seconds = self.facts(index)
         row = self.rows[index]
-        shown = math.ceil((seconds - TOLERANCE) * self.fps)  # frame k is there if k / fps < seconds
+        if seconds == 0 and is_picture(row.path):
+            return 1, *choose_size(height, width, self.sizes)
+        # Frame k is there if k / fps < seconds. At k / fps = seconds the last picture stands once more: people cut
+        # clips to whole seconds, which makes 4n frames.
+        shown = math.floor((seconds + TOLERANCE) * self.fps) + 1
         fitting = [length for length in self.lengths if length <= shown]
         if not fitting:
+            there = max(0, math.ceil((seconds - TOLERANCE) * self.fps))
             part = f" behind {row.start:g} s" if row.start else ""
             raise UnusableClip(
                 row.name,
-                f"{max(0, shown)} frames{part} at {self.fps:g} fps, the shortest bucket takes {self.lengths[-1]}",
+                f"{there} frames{part} at {self.fps:g} fps, the shortest bucket takes {self.lengths[-1]}",
             )
         return fitting[0], *choose_size(height, width, self.sizes)
 
@@ -136,7 +148,10 @@ def read_facts(row: Row) -> Facts | UnusableClip:
     """Size as shown and seconds of a row's clip: from its columns, else from the file."""
     stated = [row.columns.get(name) for name in Facts._fields]
     if all(isinstance(value, (int, float)) and value > 0 for value in stated):
-        return Facts(*stated)  # pyright: ignore[reportArgumentType]  # just checked
+        facts = Facts(*stated)  # pyright: ignore[reportArgumentType]  # just checked
+        if max(facts.height, facts.width) <= LARGEST_SIDE and facts.seconds <= MOST_SECONDS:
+            return facts
+        return UnusableClip(row.name, f"columns of {facts.width:g}x{facts.height:g} pixels and {facts.seconds:g} s")
     try:
         height, width, seconds = probe(row.path)
     except Damaged as error:
@@ -163,10 +178,10 @@ def choose_sizes(area: int, step: int, ratios: Sequence[float | Fraction] = RATI
     Raises:
       InputError: no ratios or impossible ones, or an area of less than one step square or more than 4096 x 4096.
     """
-    if not step**2 <= area <= LARGEST**2 or not ratios or min(ratios) <= 0:
+    if not step**2 <= area <= LARGEST**2 or not ratios or not all(0.01 <= ratio <= 100 for ratio in ratios):
         raise InputError(
             f"an area of {area} pixels, ratios {', '.join(map(str, ratios)) or 'none'}; accepted: an area of "
-            f"{step}x{step} to {LARGEST}x{LARGEST}, ratios above 0; change them"
+            f"{step}x{step} to {LARGEST}x{LARGEST}, ratios from 0.01 to 100; change them"
         )
     sides = range(step, area // step + 1, step)
     sizes = np.array([(height, width) for height in sides for width in sides[: area // height // step]])
@@ -177,16 +192,21 @@ def choose_sizes(area: int, step: int, ratios: Sequence[float | Fraction] = RATI
     return tuple(dict.fromkeys((int(sizes[i, 0]), int(sizes[i, 1])) for i in nearest))
 
 
+def _columns(row: Row) -> str:
+    """Which columns a manifest's row has, in which a caption may be under another name."""
+    return f" (there are the columns {', '.join(row.columns)})" if row.columns else ""
+
+
 def _check_lengths(frames: int, lengths: Sequence[int] | None, n: int) -> tuple[int, ...]:
     if lengths is None:
         quarters = (n * round((frames - 1) / n * part / 4) + 1 for part in (4, 3, 2, 1))
         chosen = {frames, *(length for length in quarters if length > n)}
     else:
         chosen = set(lengths)
-    wrong = [length for length in chosen if length <= n or (length - 1) % n]
+    wrong = [length for length in chosen if length < 1 or (length - 1) % n]
     if wrong or not chosen:
         raise InputError(
-            f"clips of {wrong[0] if wrong else 'no'} frames; accepted: {n}n + 1, at least {n + 1}, as the VAE takes "
-            "them; change the number of frames or the lengths"
+            f"clips of {wrong[0] if wrong else 'no'} frames; accepted: {n}n + 1, as the VAE takes them; change the "
+            "number of frames or the lengths"
         )
     return tuple(sorted(chosen, reverse=True))

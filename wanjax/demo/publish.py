@@ -21,6 +21,11 @@ def publish(source: Path, target: Path = FOLDER) -> None:
     checkpoint = Checkpoint(source)
     for network in ("dit", "vae", "umt5", "clip"):
         checkpoint.check(network, checkpoint.config(network))
+    replace(source, target)
+
+
+def replace(source: Path, target: Path) -> None:
+    """As `publish`, of a source that was checked."""
     for folder in filter(Path.is_dir, source.iterdir()):
         shutil.rmtree(target / folder.name, ignore_errors=True)
         shutil.copytree(folder, target / folder.name)

@@ -149,10 +149,16 @@ class ProceduralClips:
         """Clip `index`, from 0: that of seed `first_seed + index`."""
         if not 0 <= index < self.count:
             raise IndexError(f"clip {index} of {self.count}")
-        seed = self.first_seed + int(index)
-        scene = draw_scene(seed, self.kind)
-        video = render(scene, self.frames, self.size, _SAMPLES[self.kind])  # [F, H, W, 3]
-        return Clip(video, describe(scene), f"shapes-{self.kind}-{seed}")
+        scene = self.scene(index)
+        return Clip(self.draw(scene), describe_scene(scene), f"shapes-{self.kind}-{self.first_seed + int(index)}")
+
+    def scene(self, index: int) -> Scene:
+        """What happens in clip `index`."""
+        return draw_scene(self.first_seed + int(index), self.kind)
+
+    def draw(self, scene: Scene) -> np.ndarray:
+        """Any scene as these clips are drawn: uint8 `[F, H, W, 3]`."""
+        return render(scene, self.frames, self.size, _SAMPLES[self.kind])
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """Frames, height and width, the same for every clip."""
@@ -160,12 +166,12 @@ class ProceduralClips:
 
     def other_caption(self, index: int, rng: np.random.Generator) -> str:
         """A caption of clip `index` that is wrong about one thing, or gives two figures one another's."""
-        return describe(_changed(draw_scene(self.first_seed + int(index), self.kind), rng))
+        return describe_scene(_changed(self.scene(index), rng))
 
 
 def caption(seed: int, kind: Kind = "all") -> str:
     """The caption of a seed's clip, without drawing it."""
-    return describe(draw_scene(seed, kind))
+    return describe_scene(draw_scene(seed, kind))
 
 
 # ---------------------------------------------------------------------------------------------------- scene from seed
@@ -244,7 +250,7 @@ def _changed(scene: Scene, rng: np.random.Generator) -> Scene:
         other = figures[j]
         figures[i] = other._replace(shape=figure.shape, colours=figure.colours, striped=figure.striped)
         figures[j] = figure._replace(shape=other.shape, colours=other.colours, striped=other.striped)
-    if describe(scene._replace(figures=tuple(figures))) == describe(scene):
+    if describe_scene(scene._replace(figures=tuple(figures))) == describe_scene(scene):
         figures[i] = figure._replace(shape=str(rng.choice([name for name in SHAPES if name != figure.shape])))
     return scene._replace(figures=tuple(figures))
 
@@ -252,7 +258,7 @@ def _changed(scene: Scene, rng: np.random.Generator) -> Scene:
 # ------------------------------------------------------------------------------------------------------------ caption
 
 
-def describe(scene: Scene) -> str:
+def describe_scene(scene: Scene) -> str:
     """The caption, of words of `VOCABULARY`."""
     ground = f"over {_with_article(f'{scene.background[0]} and {scene.background[1]} background')}"
     return "; ".join([*map(_describe_figure, scene.figures), ground])
@@ -371,7 +377,6 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ring": _ring,
     "star": _star,
 }
-
 # In no clip but those of their own kind.
 NEW_SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"heart": _heart}
 

@@ -11,9 +11,16 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 
+PUNCTUATION = (";", ",", ".")
+
+
+def word_id(mark: str) -> int:
+    """The id of a mark of `SPECIAL` or `PUNCTUATION`, whatever the words are."""
+    return _ids(())[mark]
+
 
 def vocabulary_size(words: Iterable[str]) -> int:
-    """How many ids there are: the words', and those of `SPECIAL` and of punctuation."""
+    """How many ids there are: the words', and those of `SPECIAL` and `PUNCTUATION`."""
     return len(_ids(words))
 
 
@@ -41,4 +48,4 @@ def write_tokenizer(folder: str | Path, words: Iterable[str]) -> None:
 
 
 def _ids(words: Iterable[str]) -> dict[str, int]:
-    return {word: i for i, word in enumerate((*SPECIAL, ";", ",", ".", *sorted(set(words))))}
+    return {word: i for i, word in enumerate((*SPECIAL, *PUNCTUATION, *sorted(set(words))))}

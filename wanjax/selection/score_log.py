@@ -9,6 +9,7 @@ from typing import Any
 from wanjax.data.manifest import Row
 from wanjax.errors import InputError
 from wanjax.files import check_output, replacing
+from wanjax.untrusted import parse_json, read_lines
 
 Record = dict[str, Any]
 _OWN = ("name", "way", "file")
@@ -29,25 +30,27 @@ class ScoreLog:
         self.path, self.way = check_output(path, (".jsonl",)), way
         self._records: dict[tuple[Any, ...], Record] = {}
         whole = self._read()
-        if not whole:  # the line that an interruption cut off
+        if not whole:
             with replacing(self.path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in self._records.values()))
 
     def _read(self) -> bool:
         if not self.path.exists():
             return True
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                record = json.loads(line)
-                key = (record["name"], record["way"], *record["file"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(
-                    f"{self.path}, line {number} is no record of scores; accepted: a file that this program made, or "
-                    "none; name another, or remove it"
-                ) from error
-            self._records[key] = record
-        return lines[-1] == ""
+        number = 1
+        try:
+            for line in read_lines(self.path):
+                if not line.endswith("\n"):  # the line that an interruption cut off
+                    return False
+                record = parse_json(line)
+                self._records[record["name"], record["way"], *record["file"]] = record
+                number += 1
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{self.path}, line {number} is no record of scores; accepted: a file that this program made, or "
+                "none; name another, or remove it"
+            ) from error
+        return True
 
     def get(self, row: Row) -> Record | None:
         """What is known of a clip: its scores, or `unusable`: why it has none."""

@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 
 from wanjax.conditioning.images import clip_pixels
+from wanjax.data.parts import find_cuts
 from wanjax.errors import InputError
 from wanjax.weights import Checkpoint
 
@@ -51,7 +52,7 @@ def score(video: np.ndarray, fps: float) -> dict[str, float | str]:
         "cuts": len(find_cuts(small, fps)),
     }
     rounded = {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in scores.items()}
-    return rounded | {"fingerprint": fingerprint(video)}
+    return rounded | {"fingerprint": video_fingerprint(video)}
 
 
 def require_packages() -> None:
@@ -84,23 +85,6 @@ def _sharpness(video: np.ndarray) -> float:
 
     frames = (cv2.cvtColor(video[i], cv2.COLOR_RGB2GRAY) for i in _spread(len(video)))
     return float(np.median([cv2.Laplacian(frame, cv2.CV_32F).var() for frame in frames]))
-
-
-def find_cuts(video: np.ndarray, fps: float) -> list[int]:
-    """Frames that begin a new scene, by PySceneDetect's adaptive detector. `[F, H, W, 3]`, uint8; small will do."""
-    from scenedetect import FrameTimecode
-    from scenedetect.detectors import AdaptiveDetector
-
-    detector = AdaptiveDetector(min_scene_len=1)
-    # It compares a frame with its neighbours on both sides; repeated ends let it see cuts close to them too.
-    margin = detector.window_width + 1
-    frames = [video[0]] * margin + list(video) + [video[-1]] * margin
-    found: list[FrameTimecode] = []
-    for number, frame in enumerate(frames):
-        found += detector.process_frame(
-            FrameTimecode(number, float(fps)), np.ascontiguousarray(frame[..., ::-1])
-        )  # as BGR
-    return [cut.frame_num - margin for cut in found]
 
 
 class Distance:
@@ -136,7 +120,7 @@ def _compare(clip, pixels: jax.Array) -> jax.Array:
 # ---------------------------------------------------------------------------------------------------- near duplicates
 
 
-def fingerprint(video: np.ndarray) -> str:
+def video_fingerprint(video: np.ndarray) -> str:
     """Perceptual hashes of first, middle and last frame, 64 bits each, in hexadecimal."""
     import imagehash
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,10 +18,13 @@ from tqdm import tqdm
 from wanjax.cli import check_counts
 from wanjax.data.clip import UnusableClip
 from wanjax.data.decode import Damaged, decode
-from wanjax.data.manifest import MANIFEST, Row, read_manifest, write_manifest
-from wanjax.data.videos import Videos
+from wanjax.data.listing import list_clips
+from wanjax.data.manifest import MANIFEST, Row, write_manifest
+from wanjax.data.pictures import is_picture
+from wanjax.data.videos import RATIOS, Videos
 from wanjax.errors import InputError
-from wanjax.files import check_output
+from wanjax.files import check_apart, check_output
+from wanjax.selection import SCORES
 from wanjax.selection.contact_sheet import SHEET, Cell, Section, fit, write_sheet
 from wanjax.selection.score_log import Record, ScoreLog
 from wanjax.selection.scores import Distance, find_duplicates, require_packages, score
@@ -162,7 +166,7 @@ def score_all(clips: Videos, log: ScoreLog, distance: Distance | None, threads: 
 # ----------------------------------------------------------------------------------------------------------- reports
 
 
-def describe(scores: Sequence[Record], reasons: Sequence[Reason | None]) -> str:
+def describe_selection(scores: Sequence[Record], reasons: Sequence[Reason | None]) -> str:
     """A table of the scores' distributions, and how many clips fell to which criterion."""
     lines = [f"{'score':18s}" + "".join(f"{head:>10s}" for head in ("least", "10%", "half", "90%", "most"))]
     for name in _numeric(scores):
@@ -220,21 +224,33 @@ def select(args: argparse.Namespace) -> None:
     out = check_output(args.out or place / "selected.jsonl", MANIFEST)
     sheet = check_output(args.sheet or out.with_suffix(".png"), SHEET)
     log_path = args.scores or place / f"{'' if args.input.is_dir() else args.input.stem}.scores.jsonl"
-    if out == args.input.resolve():
-        raise InputError(f"--out {args.out} is the input; accepted: another name, so that nothing is lost; change it")
+    inputs = {} if args.input.is_dir() else {"the input": args.input}
+    check_apart({"--out": out, "--sheet": sheet, "--scores": log_path}, inputs)
     require_packages()
     _use_one_core_each()
-    rows = read_manifest(args.input)
+    listing = list_clips(args.input, args.caption_encoding)
+    rows = [row for row in listing.rows if not is_picture(row.path)]
+    for name in (*listing.left_out, *(row.name for row in listing.rows if is_picture(row.path))):
+        print(f"left out: {name}: {listing.left_out.get(name, 'a picture')}")
+    _check_names([dict.fromkeys(SCORES, 0.0), *(dict(_numbers(row)) for row in rows)], criteria)  # before hours of work
     # A caption can still be written when a clip has been kept.
-    clips = Videos([dataclasses.replace(row, caption="") for row in rows], args.frames, args.area, args.fps)
-    way = f"{args.frames} frames, {args.area} pixels, {args.fps:g} fps" + (
-        f", {args.clip.resolve()}" if args.clip else ""
+    clips = Videos(
+        [dataclasses.replace(row, caption="") for row in rows],
+        args.frames,
+        args.area,
+        args.fps,
+        args.lengths,
+        args.ratios or RATIOS,
+    )
+    way = f"{args.frames} frames, {args.area} pixels, {args.fps:g} fps"
+    way += "".join(
+        f", {what}" for what in (args.lengths, args.ratios, args.clip and os.path.realpath(args.clip)) if what
     )
     log = ScoreLog(log_path, way)
     scores = score_all(clips, log, Distance(args.clip) if args.clip else None, args.threads)
     scores = [{**_numbers(row), **record} for row, record in zip(rows, scores, strict=True)]
     reasons = judge([row.name for row in rows], scores, criteria)
-    print(describe(scores, reasons))
+    print(describe_selection(scores, reasons))
     kept = [dataclasses.replace(rows[i], columns={**rows[i].columns, **scores[i]}) for i in _left(reasons)]
     write_manifest(out, kept)
     named = list(dict.fromkeys(name for name, _ in (*args.min, *args.max, *args.top, *args.bottom)))

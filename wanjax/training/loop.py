@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,17 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sharding.distributed import is_main
+from sharding.stalls import tick
+from wanjax.cli import second_interrupt_ends
 from wanjax.config import TrainConfig
 from wanjax.data.batch import Batches
 from wanjax.training import speed
+from wanjax.training.ahead import compile_ahead
 from wanjax.training.checkpoint import TrainCheckpoints
 from wanjax.training.log import Log
 from wanjax.training.state import TrainState
 from wanjax.training.step import Metrics, make_step
+from wanjax.training.trackers import Trackers
 from wanjax.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -41,7 +46,7 @@ def train(
     checkpoints: TrainCheckpoints,
     validation: Validation | None = None,
 ) -> tuple[TrainState, bool]:
-    """Train until `config.steps` or SIGTERM: the state, which is then on disk, and whether the last step was reached.
+    """Train until the last step, SIGTERM or Ctrl-C: the state, which is on disk then, and whether it was the last step.
 
     Args:
       config, objective, checkpoints: of the run.
@@ -52,12 +57,20 @@ def train(
       NonFiniteError: loss or gradients are not finite; checkpoints stay as they were.
     """
     step, position = int(state.step), batches.position
-    train_step, meter = make_step(objective), Meter(objective)
+    steps = {name: make_step(turn) for name, turn in objective.turns().items()}
+    meter, log = Meter(objective), Log(Path(config.workdir or "."), step, Trackers(config) if is_main() else None)
+    if step < config.steps:  # before SIGTERM is listened to: there is nothing to save yet
+        compile_ahead(steps.values(), state, batches, meter)
+        if validation is not None:
+            validation.compile(objective.eval_model(state))
     bar = tqdm(total=config.steps, initial=step, unit="step", dynamic_ncols=True, disable=not is_main())
-    with bar, Log(Path(config.workdir or "."), step) as log, meter, stop_requested() as stop:
+    with bar, log, meter, stop_requested() as stop:
+        if step == 0 and validation is not None and config.validate_first:
+            log.write(0, validation(0, objective.eval_model(state), log))
         coming = itertools.islice(batches, max(config.steps - step, 0))
         batch = next(coming, None)
         while step < config.steps and not stop(step):
+            train_step = steps[objective.turn(step)]
             position, step = batches.position, step + 1  # before the next batch is made
             state, values, measured, batch = _measured_step(train_step, meter, state, batch, coming)
             if not values.finite:
@@ -65,7 +78,8 @@ def train(
             bar.set_postfix_str(f"loss {values.loss:.4f}, {meter}")
             bar.update()
             measured |= validation(step, objective.eval_model(state), log) if validation else {}
-            log.write(step, {"loss": values.loss, "grad_norm": values.grad_norm} | measured)
+            parts = {name: x for name, x in (values.parts or {}).items() if x == x}  # nan is not equal to itself
+            log.write(step, {"loss": values.loss, "grad_norm": values.grad_norm} | parts | measured)
             if step % config.save_every == 0:
                 checkpoints.save(state, position)
         checkpoints.save(state, position)
@@ -81,6 +95,7 @@ def _measured_step(
     coming: Iterator[Any],
 ) -> tuple[TrainState, Any, dict[str, float], Any]:
     """A step on `batch`: state, metrics on the host, what was measured, and the next of the coming batches, if any."""
+    tick()
     meter.start(batch)
     state, metrics = train_step(state, batch)
     meter.computing(metrics)
@@ -123,11 +138,15 @@ class Meter:
 
     def start(self, batch: Any) -> None:
         """A step on this batch begins."""
-        self._units = self.objective.units(batch)
+        self._units, self._now = self.objective.units(batch), self.operations(batch)
+        self._start = time.perf_counter()
+
+    def operations(self, batch: Any) -> int:
+        """Of a step on a batch of these shapes; counted once."""
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
         if shapes not in self._operations:
-            self._operations[shapes] = speed.step_operations(self.objective, batch)
-        self._now, self._start = self._operations[shapes], time.perf_counter()
+            self._operations[shapes] = self.objective.step_operations(batch)
+        return self._operations[shapes]
 
     def computing(self, metrics: Metrics) -> None:
         """The step has been given to the devices."""
@@ -161,13 +180,25 @@ class Meter:
 
 @contextmanager
 def stop_requested() -> Iterator[Any]:
-    """Gives a function of the step: whether SIGTERM came, the same answer on every process for the same step."""
-    if jax.process_count() > 1:  # JAX listens for the signal and agrees with the other processes on a step
-        yield multihost_utils.reached_preemption_sync_point
-        return
+    """Gives a function of the step: whether to stop, the same answer on every process for the same step.
+
+    SIGTERM and Ctrl-C ask for it; a second Ctrl-C ends the process at once, whatever it is waiting for.
+    """
     came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        if number == signal.SIGINT and several:  # JAX listens for the other signal, and tells the other processes
+            os.kill(os.getpid(), signal.SIGTERM)
+        if number == signal.SIGINT:
+            os.write(2, b"\nsaving after this step; once more ends at once\n")
+
+    several = jax.process_count() > 1
+    signals = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in signals}
     try:
-        yield lambda step: bool(came)
+        with second_interrupt_ends():
+            yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(came)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,13 +3,16 @@
     utilisation = operations / (seconds x devices x peak)
 
 Counted are the model's own matrix products and convolutions, forward once and backward twice (PaLM, arXiv 2204.02311,
-appendix B): not what is computed again to save memory, nor what several devices all do.
+appendix B): not what is computed again to save memory, nor what several devices all do. They are read off the traced
+program, before it is compiled, so that kernels count as the mathematics that they do; what a device carries out of a
+compiled program, `wanjax.report.hlo` counts.
 """
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -46,11 +49,10 @@ def peak(kind: str) -> float | None:
     return next((value for name, value in PEAKS.items() if name in kind), None)
 
 
-def step_operations(objective: Objective, batch: Any) -> int:
-    """Operations of a training step on a batch, over all devices.
+def forward_operations(objective: Objective, batch: Any, loss: Callable[[Any, Any], Any]) -> int:
+    """Operations of a loss of an objective's model and a prepared batch, forward, over all devices.
 
-    Backward is as much as forward for the gradients of what goes through the network, and again for those of its
-    weights, unless those are frozen beside adapters.
+    Backward is as much again for the gradients of what goes through a network, and again for those of its weights.
     """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -62,23 +64,33 @@ def step_operations(objective: Objective, batch: Any) -> int:
     with jax.sharding.use_abstract_mesh(none), jax.sharding.use_abstract_mesh(one):
         model = jax.eval_shape(lambda: objective.make(nnx.Rngs(0)))
         prepared = jax.eval_shape(objective.prepare, jax.tree.map(shape, batch), jax.eval_shape(jax.random.key, 0))
-        return (2 if objective.has_frozen else 3) * operations(jax.make_jaxpr(objective.loss)(model, prepared).jaxpr)
+        return operations(jax.make_jaxpr(loss)(model, prepared).jaxpr)
 
 
 def operations(program: Jaxpr) -> int:
     """Of a program's matrix products and convolutions. Loops of unknown length count once; of branches, the largest."""
-    total = 0
+    return operations_by_type(program).total()
+
+
+def operations_by_type(program: Jaxpr) -> collections.Counter[str]:
+    """The same by the dtype of what is multiplied."""
+    total: collections.Counter[str] = collections.Counter()
     for equation in program.eqns:
         kind, parameters = equation.primitive.name, equation.params
         shapes: list[Any] = [getattr(x.aval, "shape", ()) for x in (*equation.outvars, *equation.invars)]
         if kind == "dot_general":
             (contracted, _), _ = parameters["dimension_numbers"]
-            total += 2 * math.prod(shapes[0]) * math.prod(shapes[1][axis] for axis in contracted)
+            count = 2 * math.prod(shapes[0]) * math.prod(shapes[1][axis] for axis in contracted)
+            total[str(equation.invars[0].aval.dtype)] += count  # pyright: ignore[reportAttributeAccessIssue]
         elif kind == "conv_general_dilated":
             outputs = parameters["dimension_numbers"].rhs_spec[0]
-            total += 2 * math.prod(shapes[0]) * math.prod(shapes[2]) // shapes[2][outputs]
-        inner = [operations(part) for part in _parts(parameters)]
-        total += max(inner, default=0) if kind == "cond" else parameters.get("length", 1) * sum(inner)
+            count = 2 * math.prod(shapes[0]) * math.prod(shapes[2]) // shapes[2][outputs]
+            total[str(equation.invars[0].aval.dtype)] += count  # pyright: ignore[reportAttributeAccessIssue]
+        inner = [operations_by_type(part) for part in _parts(parameters)]
+        if kind == "cond":
+            inner = [max(inner, key=collections.Counter.total)]
+        for part in inner:
+            total.update({name: count * parameters.get("length", 1) for name, count in part.items()})
     return total
 
 

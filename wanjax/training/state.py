@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sharding.rules import parameter_sharding
 from wanjax.config import TrainConfig
+from wanjax.training.offload import put_away
 
 if TYPE_CHECKING:
     from wanjax.training.objectives.base import Objective
@@ -28,7 +29,7 @@ class TrainState:
     model: what is trained: a network, adapters, or several networks in a tree; weights float32, whatever they compute
       in.
     optimizer: optax's state, or several in a tree; moments are sharded as the weights.
-    ema: the model with the moving average of its weights; None without.
+    ema: what is averaged of the model (`Objective.averaged`) with the moving average of its weights; None without.
     frozen: what is not trained, see `Objective.split`; else None. Not saved: it comes from the checkpoint.
     """
 
@@ -48,7 +49,7 @@ def abstract_state(config: TrainConfig, objective: Objective) -> TrainState:
     """Shapes, dtypes and shardings of the state on the ambient mesh."""
     state = jax.eval_shape(lambda: new_state(objective, objective.make(nnx.Rngs(0))))
 
-    def place(leaf: Any) -> Any:
+    def with_sharding(leaf: Any) -> Any:
         if isinstance(leaf, nnx.Variable):
             if not jax.tree.leaves(leaf):  # of a moment that the optimiser does not keep
                 return leaf
@@ -57,7 +58,7 @@ def abstract_state(config: TrainConfig, objective: Objective) -> TrainState:
         whole = NamedSharding(jax.sharding.get_mesh(), PartitionSpec())
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return put_away(config, jax.tree.map(with_sharding, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def init_state(config: TrainConfig, objective: Objective) -> TrainState:
@@ -69,19 +70,30 @@ def init_state(config: TrainConfig, objective: Objective) -> TrainState:
       InputError: as `Objective.load`.
     """
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_state(config, objective))
-    if config.checkpoint is not None:
+    if config.is_loaded:
         model = objective.load()
         make = _sharded(functools.partial(new_state, objective), specs)
-        return jax.jit(make, donate_argnums=0)(model)
+        return put_away(config, jax.jit(make, donate_argnums=0)(model))
     make = _sharded(lambda key: new_state(objective, objective.make(nnx.Rngs(params=key))), specs)
-    return jax.jit(make)(jax.random.key(config.seed))
+    return put_away(config, jax.jit(make)(jax.random.key(config.seed)))
 
 
 def resumed(config: TrainConfig, objective: Objective, state: TrainState) -> TrainState:
-    """A state as it was saved, and what is not saved of it."""
+    """A state as it was saved, and what is not saved of it; no optimiser is made for that.
+
+    Raises:
+      InputError: as `Objective.load`.
+    """
     if not objective.has_frozen:
         return state
-    return dataclasses.replace(state, frozen=init_state(config, objective).frozen)
+    specs = jax.tree.map(lambda leaf: leaf.sharding.spec, abstract_state(config, objective).frozen)
+    if config.is_loaded:
+        _, frozen = objective.split(objective.load())
+        frozen = jax.jit(_sharded(lambda x: x, specs), donate_argnums=0)(frozen)
+    else:
+        make = _sharded(lambda key: objective.split(objective.make(nnx.Rngs(params=key)))[1], specs)
+        frozen = jax.jit(make)(jax.random.key(config.seed))
+    return dataclasses.replace(state, frozen=frozen)
 
 
 def _sharded(make: Any, specs: Any) -> Any:
@@ -101,6 +113,6 @@ def new_state(objective: Objective, model: Any) -> TrainState:
         model=trained,
         optimizer=objective.init_optimizer(trained),
         # A copy: the step takes the memory of both.
-        ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, trained),
+        ema=None if config.ema_decay is None else jax.tree.map(jnp.copy, objective.averaged(trained)),
         frozen=frozen,
     )

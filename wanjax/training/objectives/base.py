@@ -17,7 +17,7 @@ from wanjax.conditioning.encoders import Encoders
 from wanjax.config import TrainConfig
 from wanjax.data.batch import SampleSource
 from wanjax.errors import InputError
-from wanjax.training import export, optimizer
+from wanjax.training import export, optimizer, speed
 from wanjax.training.state import TrainState
 from wanjax.training.step import Metrics, train_step
 from wanjax.weights.mapping import NetworkName
@@ -38,9 +38,10 @@ class Objective(abc.ABC, Generic[Model, Batch, Prepared]):
     """Everything of a training that is not the loop around it.
 
     A model is a network, or several in a tree of one's own making (a dict by name): state, checkpoints and sharding
-    take any tree of `nnx` variables. An objective with several networks overrides `init_optimizer` and `step`, and may
-    give each an optimiser of its own and turns of its own. What is part of the model but not trained, such as a
-    teacher, `split` takes out of it: it is neither differentiated nor saved.
+    take any tree of `nnx` variables. An objective with several networks overrides `init_optimizer`, `step` and
+    `step_operations`, and may give each an optimiser of its own and turns of its own; `wanjax.training.step` has the
+    parts. What is part of the model but not trained, such as a teacher, `split` takes out of it: it is neither
+    differentiated nor saved.
 
     config: of the run.
     unit: what is counted for the speed: tokens, frames or clips.
@@ -78,6 +79,10 @@ class Objective(abc.ABC, Generic[Model, Batch, Prepared]):
         """The model whose `split` these are."""
         return trained
 
+    def averaged(self, trained: Any) -> Any:
+        """What has a moving average of what is trained."""
+        return trained
+
     def eval_model(self, state: TrainState) -> Any:
         """The network to validate, sample and export: its weights averaged if there is an average."""
         return self.join(state.model if state.ema is None else state.ema, state.frozen)
@@ -103,9 +108,21 @@ class Objective(abc.ABC, Generic[Model, Batch, Prepared]):
         """The optimiser's state before the first step."""
         return optimizer.make_optimizer(self.config).init(trained)
 
+    def turns(self) -> dict[str, Objective]:
+        """Where one of several networks learns at a step: what each one's turn is; a program is compiled for each."""
+        return {"": self}
+
+    def turn(self, step: int) -> str:
+        """Whose turn the step is, counted from 0."""
+        return ""
+
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One optimiser step, traced by JAX."""
         return train_step(self, state, batch)
+
+    def step_operations(self, batch: Batch) -> int:
+        """Operations of a step on a batch, over all devices, to tell how busy they are; looks at shapes only."""
+        return 3 * speed.forward_operations(self, batch, self.loss)  # forward, and twice as much backward
 
     # ---- around it
 
@@ -130,15 +147,24 @@ class Objective(abc.ABC, Generic[Model, Batch, Prepared]):
           InputError: the objective does not learn from such data, or the data cannot be used.
         """
 
-    loss_parts: ClassVar[tuple[str, ...]] = ()
-    """Names of the numbers that `validation_losses` gives; none where it is one number."""
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """Names of the numbers that `validation_losses` gives; none where it is one number."""
+        return ()
 
-    def validation_losses(self, model: Model, batch: Batch, seed: jax.Array | int = 0) -> jax.Array:
-        """Loss of a held-out batch, with the same randomness at every call: a number, or one each of `loss_parts`."""
+    def validation_losses(self, model: Any, batch: Batch, seed: jax.Array | int = 0) -> jax.Array:
+        """Loss of a held-out batch, with the same randomness at every call: a number, or one each of `loss_parts`.
+
+        The model is what `eval_model` gives.
+        """
         return self.loss(model, self.prepare(batch, jax.random.key(seed)))
 
     def open_sampler(self, config: TrainConfig, encoders: Encoders | None) -> Any:
         """What samples held-out clips; see `wanjax.training.validation.Sampler`. `check` says whether there is one."""
+        return None
+
+    def open_prompts(self, config: TrainConfig, encoders: Encoders | None) -> Any:
+        """What samples prompts; see `wanjax.training.prompt_samples`."""
         return None
 
     def validation_encoders(self, config: TrainConfig, data: Data) -> Encoders | None:

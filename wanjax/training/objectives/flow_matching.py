@@ -2,7 +2,7 @@
 
     sigma ~ shifted logit-normal,  noise ~ N(0, 1)
     x_t   = (1 - sigma) latents + sigma noise
-    loss  = mean (DiT([x_t, control], 1000 sigma, text, image) - (noise - latents))^2
+    loss  = mean (DiT([x_t, image_condition], 1000 sigma, text, image) - (noise - latents))^2
 
 Source: Wan (arXiv 2503.20314, section 4.2); see `wanjax.diffusion.flow`.
 """
@@ -10,72 +10,95 @@ Source: Wan (arXiv 2503.20314, section 4.2); see `wanjax.diffusion.flow`.
 from __future__ import annotations
 
 import dataclasses
-import math
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sharding.mesh import MeshShape
-from sharding.rules import activation_spec, constrain, parameter_sharding, shard_parameters
-from sharding.ulysses import check_heads
-from wanjax.conditioning.encoders import Encoders, open_encoders
+from sharding.rules import activation_spec, constrain, parameter_sharding, replicate, shard_parameters
 from wanjax.conditioning.samples import Encoded
-from wanjax.config import CachedData, DiTConfig, SyntheticData, TrainConfig
-from wanjax.data.synthetic import Synthetic
-from wanjax.diffusion import flow
+from wanjax.config import DiTConfig, TrainConfig
+from wanjax.diffusion import flow, noise_levels
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
-from wanjax.training.data import open_clips, task_samples
+from wanjax.training import speed
 from wanjax.training.export import rounded
-from wanjax.training.initialize import load_start, start_config
-from wanjax.training.latent_cache import CachedSamples
-from wanjax.training.objectives.base import Data, Objective
-from wanjax.training.validation import Sampler
-from wanjax.weights import Checkpoint, lora
+from wanjax.training.initialize import load_warm_start, networks_to_load, open_checkpoint, warm_start_config
+from wanjax.training.objectives.dit import DiTObjective, predict
+from wanjax.weights import lora
+from wanjax.weights.load import BOUNDARIES
+from wanjax.weights.lora_files import LoRAFile
+from wanjax.weights.lora_training import start_from, with_dropout
 from wanjax.weights.mapping import NetworkName
+from wanjax.weights.quantize import requantized
 
 SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
-"""Noise levels of the validation loss."""
+"""Noise levels of the validation loss, as parts of the network's span."""
+LEAST_SHARE = 1e-6
+"""Of all noise levels, what an expert's span must have to learn from."""
 
 
-class Noised(NamedTuple):
-    """A batch, or a part of one, with its noise; `sigma` is `[b]`."""
+class FlowMatchingBatch(NamedTuple):
+    """A batch, or a part of one, with its noise; `sigma` is `[b]`.
+
+    dropout: data of PRNG keys `[b, 2]`, of which the first is a part's, for adapters that drop some of what they see.
+    """
 
     batch: Encoded
     noise: jax.Array
     sigma: jax.Array
+    dropout: jax.Array | None = None
 
 
 def in_dtypes(dit: DiTConfig, config: TrainConfig) -> DiTConfig:
     """The network with the run's dtypes: weights are float32, but those beside adapters never change, and are stored in
-    what they are computed in.
+    what they are computed in, or in 8 bits.
+
+    Raises:
+      InputError: 8 bits for weights that learn; or as `requantized`.
     """
     dtype = jnp.dtype(config.dtype)
-    return dataclasses.replace(dit, dtype=dtype, param_dtype=jnp.float32 if config.lora is None else dtype)
+    if config.lora is None:
+        if config.quantize in ("fp8", "int8"):
+            raise InputError(
+                f"--quantize {config.quantize} for weights that learn, which 8 bits cannot hold; adapters learn beside "
+                "such weights; set lora=LoRAConfig(..), or leave --quantize out"
+            )
+        return dataclasses.replace(dit, dtype=dtype, param_dtype=jnp.float32)
+    if dit.quantize == "off":
+        dit = dataclasses.replace(requantized(dit, config.quantize), channel_scales=config.quantize in ("fp8", "int8"))
+    else:
+        dit = requantized(dit, config.quantize)
+    return dataclasses.replace(dit, dtype=dtype, param_dtype=dtype, weight_only=dit.quantize != "off")
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatching(Objective[DiT, Encoded, Noised]):
+class FlowMatching(DiTObjective[DiT, FlowMatchingBatch]):
     """The objective of the DiT, or of adapters beside it.
 
     config: of the run.
     dit: of the network.
+    expert: "high" or "low", which of two it is; "": there is one.
+    span: the noise levels that it learns, from the least to the largest.
     """
 
     config: TrainConfig
     dit: DiTConfig
+    expert: str = ""
+    span: tuple[float, float] = flow.WHOLE
 
-    unit: ClassVar = "tokens"
-    name: ClassVar = "the DiT"
-    loss_parts: ClassVar = tuple(f"loss_at_{sigma}" for sigma in SIGMAS)
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels of the validation loss."""
+        least, most = self.span
+        return tuple(round(least + part * (most - least), 4) for part in SIGMAS)
 
-    def units(self, batch: Encoded) -> int:
-        """Tokens of a batch."""
-        b, *size, _ = batch.latents.shape
-        return b * math.prod(n // p for n, p in zip(size, self.dit.patch_size, strict=True))
+    @property
+    def loss_parts(self) -> tuple[str, ...]:
+        """See `Objective`."""
+        return tuple(f"loss_at_{sigma}" for sigma in self.sigmas)
 
     def make(self, rngs: nnx.Rngs) -> DiT:
         """A random DiT."""
@@ -83,37 +106,61 @@ class FlowMatching(Objective[DiT, Encoded, Noised]):
 
     def load(self) -> DiT:
         """The checkpoint's DiT, widened if it has fewer inputs; see `wanjax.training.initialize`."""
-        c = self.config
-        assert c.checkpoint is not None
-        dit = load_start(Checkpoint(c.checkpoint), self.dit, parameter_sharding, c.seed)
-        return shard_parameters(self._adapted(dit, nnx.Rngs(c.seed)))
+        c, checkpoint = self.config, open_checkpoint(self.config)
+        network = networks_to_load(c, checkpoint)[self.expert]
+        merge = lora.parse(() if c.lora is None else c.lora.merge)
+        dit = load_warm_start(checkpoint, self.dit, parameter_sharding, c.seed, network, merge)
+        dit = self._adapted(dit, nnx.Rngs(c.seed))
+        if c.lora is not None and c.lora.start is not None:
+            dit = start_from(dit, LoRAFile(c.lora.start))
+        return shard_parameters(dit)
 
     def _adapted(self, dit: DiT, rngs: nnx.Rngs) -> DiT:
         return dit if self.config.lora is None else lora.attach(dit, self.config.lora, rngs)
 
-    def prepare(self, batch: Encoded, key: jax.Array) -> Noised:
+    def prepare(self, batch: Encoded, key: jax.Array) -> FlowMatchingBatch:
         """Draw noise and noise levels."""
-        c, shape = self.config, batch.latents.shape
+        shape = batch.latents.shape
         key_sigma, key_noise = jax.random.split(key)
         noise = jax.random.normal(
             key_noise, shape, jnp.float32, out_sharding=activation_spec(shape, "batch", None, None, None, None)
         )
-        sigma = flow.sample_sigmas(key_sigma, shape[0], mean=c.sigma_mean, std=c.sigma_std, shift=c.shift)
-        return Noised(batch, noise, constrain(sigma, "batch"))
+        sigma = noise_levels.of(self.config, self.units(batch) // shape[0]).draw(key_sigma, shape[0], self.span)
+        return FlowMatchingBatch(batch, noise, constrain(sigma, "batch"), self._dropout_keys(key, shape[0]))
 
-    def loss(self, model: DiT, noised: Noised) -> jax.Array:
-        """Mean squared error of the velocity, float32."""
-        return jnp.mean(self.losses(model, noised))
+    def _dropout_keys(self, key: jax.Array, batch: int) -> jax.Array | None:
+        if self.config.lora is None or not self.config.lora.dropout:
+            return None
+        keys = jax.random.key_data(jax.random.split(jax.random.fold_in(key, 2), batch))  # [b, 2]
+        return constrain(keys, "batch", None)
 
-    def losses(self, model: DiT, noised: Noised) -> jax.Array:
-        """The same of each sample, `[b]`."""
-        batch, noise, sigma = noised
+    def loss(self, model: DiT, prepared: FlowMatchingBatch) -> jax.Array:
+        """Mean squared error of the velocity, float32, weighted by noise level as the run says."""
+        if prepared.dropout is not None and self.config.lora is not None:
+            key = jax.random.wrap_key_data(replicate(prepared.dropout)[0])
+            model = with_dropout(model, self.config.lora.dropout, key)
+        losses, weight = self.losses(model, prepared), noise_levels.weight(prepared.sigma, self.config.weighting)
+        return jnp.mean(losses if weight is None else weight * losses)
+
+    def losses(self, model: DiT, prepared: FlowMatchingBatch) -> jax.Array:
+        """The error of each sample, `[b]`."""
+        batch, noise, sigma, _ = prepared
         x = flow.interpolate(batch.latents, noise, sigma)  # [b, f, h, w, c]
-        if batch.control is not None:
-            x = jnp.concatenate([x, batch.control.astype(x.dtype)], axis=-1)  # [b, f, h, w, c_in]
-        context = model.context(batch.text, batch.image, self.config.remat)
-        velocity = model(x, flow.timestep(sigma), context, self.config.remat)  # [b, f, h, w, c]
+        velocity = predict(model, batch, x, sigma, self.config.remat)  # [b, f, h, w, c]
         return flow.loss(velocity, flow.velocity(batch.latents, noise))
+
+    def check(self, mesh: MeshShape) -> None:
+        """See `Objective`; adapters' files are read as far as their headers."""
+        super().check(mesh)
+        if self.expert and self.config.sample_every:
+            raise InputError(
+                f"--sample-every {self.config.sample_every} with one of two experts, which sample together; "
+                "use --expert both, or --sample-every 0"
+            )
+        if self.config.lora is not None:
+            lora.check(lora.parse(self.config.lora.merge), self.dit, False, True)
+            if self.config.lora.start is not None:
+                LoRAFile(self.config.lora.start).terms(self.dit)
 
     @property
     def has_frozen(self) -> bool:
@@ -128,54 +175,44 @@ class FlowMatching(Objective[DiT, Encoded, Noised]):
         """See `Objective`."""
         return trained if frozen is None else lora.join(trained, frozen)
 
-    def check(self, mesh: MeshShape) -> None:
-        """See `Objective`."""
-        check_heads(self.dit.num_heads, mesh.ulysses)
-
-    def open_data(self, config: TrainConfig, encoders: Encoders | None = None) -> Data:
-        """Clips, encoded as they come; or from a cache; or noise."""
-        if isinstance(config.data, SyntheticData):
-            return Data(Synthetic(config, self.dit))
-        if isinstance(config.data, CachedData):
-            return Data(CachedSamples(config.data.path, config, self.dit))
-        chosen = open_clips(config)
-        encoders = encoders or open_encoders(config, self.dit)
-        return Data(task_samples(config, encoders, chosen), encoders)
-
-    def validation_encoders(self, config: TrainConfig, data: Data) -> Encoders | None:
-        """See `Objective`: for clips in pixels, and for all that are sampled."""
-        if isinstance(data.encode, Encoders):
-            return data.encode
-        cached = isinstance(config.data, CachedData)
-        return open_encoders(config, self.dit) if config.sample_every or not cached else None
+    def step_operations(self, batch: Encoded) -> int:
+        """See `Objective`; the weights beside adapters have no gradient."""
+        return (2 if self.has_frozen else 3) * speed.forward_operations(self, batch, self.loss)
 
     def validation_losses(self, model: DiT, batch: Encoded, seed: jax.Array | int = 0) -> jax.Array:
-        """Mean loss of a batch at each of `SIGMAS`, `[len(SIGMAS)]`, with the same noise whenever it is called."""
+        """Mean loss of a batch at each of `sigmas`, `[len(SIGMAS)]`, with the same noise whenever it is called."""
         noise = self.prepare(batch, jax.random.key(seed)).noise
 
         def at(sigma: jax.Array) -> jax.Array:
             sigmas = constrain(jnp.full(batch.latents.shape[0], sigma), "batch")
-            return self.loss(model, Noised(batch, noise, sigmas))
+            return jnp.mean(self.losses(model, FlowMatchingBatch(batch, noise, sigmas)))
 
-        return jax.lax.map(at, jnp.asarray(SIGMAS))
-
-    def open_sampler(self, config: TrainConfig, encoders: Encoders | None) -> Sampler:
-        """See `Objective`."""
-        assert encoders is not None  # see validation_encoders
-        return Sampler(config, self.dit, encoders)
+        return jax.lax.map(at, jnp.asarray(self.sigmas))
 
     def networks(self, model: DiT) -> dict[NetworkName, Any]:
-        """The DiT."""
-        return {"dit": rounded(model)}
+        """The DiT, by the name of the expert that it is."""
+        return {"dit_low" if self.expert == "low" else "dit": rounded(model)}
 
-    def export(self, model: DiT) -> Path:
-        """See `Objective`; of adapters `WORKDIR/lora.safetensors`."""
-        if not self.has_frozen:
-            return super().export(model)
-        assert self.config.workdir is not None
-        path = Path(self.config.workdir) / "lora.safetensors"
-        lora.save(path, model)
-        return path
+
+def span_of(config: TrainConfig, dit: DiTConfig, expert: str) -> tuple[float, float]:
+    """The noise levels that an expert learns: from the boundary on upwards, or below it; all, where there is one DiT.
+
+    Raises:
+      InputError: none of what is drawn lies there; or as `open_checkpoint`.
+    """
+    if not expert:
+        return flow.WHOLE
+    boundary = config.boundary
+    if boundary is None and config.is_loaded:
+        boundary = open_checkpoint(config).boundary
+    boundary = BOUNDARIES[dit.task] if boundary is None else boundary
+    span = (boundary, 1.0) if expert == "high" else (0.0, boundary)
+    if not noise_levels.share_of(config, span) > LEAST_SHARE:
+        raise InputError(
+            f"--boundary {boundary:g} leaves the expert for {expert} noise no timestep to learn; one that does is "
+            "accepted; use 0.9 for i2v, 0.875 for t2v"
+        )
+    return span
 
 
 def network_to_train(config: TrainConfig) -> DiTConfig:
@@ -184,13 +221,15 @@ def network_to_train(config: TrainConfig) -> DiTConfig:
     Raises:
       InputError: there is neither, or they differ, or the checkpoint cannot be used.
     """
-    if config.checkpoint is None:
+    if not config.is_loaded:
         if config.lora is not None:
             raise InputError("lora without a checkpoint to train adapters for; give --checkpoint, or leave lora None")
         if config.dit is None:
             raise InputError("no network; a checkpoint or a config with `dit` is needed; give --checkpoint")
         return in_dtypes(config.dit, config)
-    checkpoint = Checkpoint(config.checkpoint)
-    dit = in_dtypes(config.dit or checkpoint.config("dit"), config)
-    checkpoint.check("dit", start_config(checkpoint, dit))
+    checkpoint = open_checkpoint(config)
+    networks: list[NetworkName] = [*networks_to_load(config, checkpoint).values()]
+    dit = in_dtypes(config.dit or checkpoint.config(networks[0]), config)
+    for name in networks:
+        checkpoint.check(name, warm_start_config(checkpoint, dit, name))
     return dit

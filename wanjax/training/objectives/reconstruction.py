@@ -19,16 +19,17 @@ from flax import nnx
 
 from sharding.rules import activation_spec, parameter_sharding
 from wanjax.conditioning.encoders import Encoders
-from wanjax.conditioning.frames import control_video, latent_frames, to_pixels
+from wanjax.conditioning.frames import condition_video, latent_frames, to_pixels
 from wanjax.config import TrainConfig, VAEConfig
 from wanjax.data.clip import Clips
-from wanjax.data.samples import Snippet, Snippets
+from wanjax.data.samples import ReconstructionSample, ReconstructionSamples
 from wanjax.models.vae import VAE
 from wanjax.models.vae_blocks import ResidualBlock
 from wanjax.training.data import clips_to_look_at, open_clips
 from wanjax.training.export import rounded
 from wanjax.training.objectives.base import Data, Objective
 from wanjax.weights import Checkpoint
+from wanjax.weights.hub import checkpoint_folder
 from wanjax.weights.mapping import NetworkName
 
 STATISTICS_CLIPS = 256
@@ -37,15 +38,15 @@ LOG_VARIANCE = -6.0
 """Of the latents of a random VAE."""
 
 
-class Drawn(NamedTuple):
-    """Snippets with the noise of their latents, `[b, f, h, w, z]`."""
+class ReconstructionBatch(NamedTuple):
+    """Parts of clips with the noise of their latents, `[b, f, h, w, z]`."""
 
-    snippets: Snippet
+    samples: ReconstructionSample
     noise: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction(Objective[VAE, Snippet, Drawn]):
+class Reconstruction(Objective[VAE, ReconstructionSample, ReconstructionBatch]):
     """The objective of the VAE.
 
     config: of the run.
@@ -58,7 +59,7 @@ class Reconstruction(Objective[VAE, Snippet, Drawn]):
     unit: ClassVar = "frames"
     name: ClassVar = "a VAE"
 
-    def units(self, batch: Snippet) -> int:
+    def units(self, batch: ReconstructionSample) -> int:
         """Frames of a batch."""
         return batch.given.size
 
@@ -78,22 +79,22 @@ class Reconstruction(Objective[VAE, Snippet, Drawn]):
     def load(self) -> VAE:
         """The checkpoint's VAE."""
         assert self.config.checkpoint is not None
-        return Checkpoint(self.config.checkpoint).load("vae", self.vae, parameter_sharding)
+        return Checkpoint(checkpoint_folder(self.config.checkpoint)).load("vae", self.vae, parameter_sharding)
 
-    def prepare(self, batch: Snippet, key: jax.Array) -> Drawn:
+    def prepare(self, batch: ReconstructionSample, key: jax.Array) -> ReconstructionBatch:
         """Draw the latents' noise."""
         b, frames, height, width, _ = batch.video.shape
         factor = self.vae.spatial_factor
         shape = (b, latent_frames(frames, self.vae), height // factor, width // factor, self.vae.z_dim)
         spec = activation_spec(shape, "batch", None, None, None, None)
-        return Drawn(batch, jax.random.normal(key, shape, jnp.float32, out_sharding=spec))
+        return ReconstructionBatch(batch, jax.random.normal(key, shape, jnp.float32, out_sharding=spec))
 
-    def loss(self, model: VAE, drawn: Drawn) -> jax.Array:
+    def loss(self, model: VAE, batch: ReconstructionBatch) -> jax.Array:
         """Squared error and divergence, float32."""
-        video = control_video(to_pixels(drawn.snippets.video), drawn.snippets.given)  # [b, F, H, W, 3]
+        video = condition_video(to_pixels(batch.samples.video), batch.samples.given)  # [b, F, H, W, 3]
         (mean, log_variance), _ = model.moments(video)  # [b, f, h, w, z] each
         log_variance = jnp.clip(log_variance, -20, 10)  # random weights may give any number
-        latents = mean + jnp.exp(log_variance / 2) * drawn.noise
+        latents = mean + jnp.exp(log_variance / 2) * batch.noise
         decoded, _ = model.reconstruct(latents)  # [b, F, H, W, 3]
         error = decoded.astype(jnp.float32) - video
         divergence = (mean * mean + jnp.exp(log_variance) - 1 - log_variance) / 2
@@ -102,7 +103,7 @@ class Reconstruction(Objective[VAE, Snippet, Drawn]):
     def open_data(self, config: TrainConfig, encoders: Encoders | None = None) -> Data:
         """Parts of clips."""
         chosen = clips_to_look_at(config, self.name)
-        return Data(Snippets(chosen.clips, chosen.order(config), config))
+        return Data(ReconstructionSamples(chosen.clips, chosen.order(config), config))
 
     def networks(self, model: VAE) -> dict[NetworkName, Any]:
         """The VAE, with the statistics of its latents."""
