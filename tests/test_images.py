@@ -1,16 +1,19 @@
 """From picture files to pixels: the official conventions, those of diffusers, and bad files."""
 
 import math
+import struct
 
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pytest
-from tiny import OFFICIAL, golden_arrays
+from tiny import GOLDEN, OFFICIAL, golden_arrays
 
 from wanjax.conditioning import images
 from wanjax.errors import InputError
 
 EXPECTED = golden_arrays("official")
+ICC = GOLDEN / "display_p3.icc"
 
 
 def picture(width, height, seed=0):
@@ -206,6 +209,41 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # shown after a quarter turn clockwise
     turned = save(image, tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(turned, np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_damaged_exif_is_read_as_none(tmp_path, suffix):
+    """As some tools write it: the text of a bytes literal."""
+    path = tmp_path / f"a.{suffix}"
+    picture(9, 5).save(path, exif=b"b'Exif\\x00\\x00MM'")
+    assert images.read_image(path).size == (9, 5)
+
+
+def test_colours_of_a_profile_become_srgb(tmp_path):
+    """Display P3 (phones): a red that it writes as 234, 51, 35 is sRGB's 255, 0, 0. sRGB's own numbers stay."""
+    profile = ICC.read_bytes()
+    for mode, colour, name in (("RGB", (234, 51, 35), "a.png"), ("RGBA", (234, 51, 35, 255), "b.png")):
+        image = PIL.Image.new(mode, (4, 4), colour)
+        image.save(tmp_path / name, icc_profile=profile)
+        assert images.read_image(tmp_path / name).getpixel((0, 0)) == (255, 0, 0)
+        image.info["icc_profile"] = profile
+        assert images.read_image(image).getpixel((0, 0)) == (255, 0, 0)
+    srgb = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"damaged", b""):
+        image = picture(8, 8)
+        image.save(tmp_path / "c.png", icc_profile=profile)
+        np.testing.assert_array_equal(images.read_image(tmp_path / "c.png"), image)
+
+
+def test_pillow_says_nothing_beside_the_one_line(tmp_path, caplog):
+    picture(4, 4).save(tmp_path / "a.tiff")
+    samples = struct.pack("<HHIH", 277, 3, 1, 3)
+    content = (tmp_path / "a.tiff").read_bytes()
+    assert samples in content
+    (tmp_path / "a.tiff").write_bytes(content.replace(samples, struct.pack("<HHIH", 277, 3, 1, 1027)))
+    with pytest.raises(InputError, match="accepted: PNG"):
+        images.read_image(tmp_path / "a.tiff")
+    assert caplog.records == []
 
 
 def test_bad_files(tmp_path):

@@ -47,9 +47,8 @@ def test_whole_run_equals_reference(tmp_path, capsys, layout, solver, latents, v
     assert np.abs(frames[:, ::every, ::every] / 255 - reference).max() <= 2 / 255
 
     out = capsys.readouterr()
-    assert out.out.splitlines()[-1].startswith(str(tmp_path / "v.npy"))
-    assert "denoise" in out.out.splitlines()[-1]
-    assert "VAE decode" in out.err  # the progress bars
+    assert out.out.splitlines()[-1] == str(tmp_path / "v.npy")
+    assert "denoise" in out.out.splitlines()[-2]
 
 
 def test_first_frame_alone_and_defaults(tmp_path, capsys):
@@ -63,7 +62,7 @@ def test_first_frame_alone_and_defaults(tmp_path, capsys):
         sample_jax.main(
             ["--config", str(config), *flags(DIFFUSERS, **run, output=tmp_path / f"{name}.npy", conventions="official")]
         )
-    assert "i2v" in capsys.readouterr().out
+    assert "first frame to video" in capsys.readouterr().out
     a, b = (np.load(tmp_path / f"{name}.npy") for name in ("a", "b"))
     assert a.shape == (9, 48, 64, 3)
     np.testing.assert_array_equal(a, b)
@@ -125,8 +124,8 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("wanjax.media.write_video", full)
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    refused(flags(DIFFUSERS, steps=1, output=tmp_path / "v.mp4"), ["v.mp4", "No space left", "wanjax-"])
-    (rescued,) = tmp_path.glob("wanjax-*.npy")
+    refused(flags(DIFFUSERS, steps=1, output=tmp_path / "v.mp4"), ["v.mp4", "No space left", "the video is in"])
+    (rescued,) = tmp_path.glob("v-*.npy")
     assert np.load(rescued).shape == (9, 48, 64, 3)
 
 
@@ -163,7 +162,7 @@ BAD = {
     "output": ({"output": "video.avi"}, ["video.avi", ".mp4"]),
     "latents": ({"save_latents": "latents.txt"}, ["latents.txt", ".npy"]),
     "noise": ({"initial_noise": "nowhere.npy"}, ["nowhere.npy"]),
-    "steps": ({"steps": 0}, ["0 steps"]),
+    "steps": ({"steps": 0}, ["--steps 0", "from 1"]),
     "number": ({"steps": "many"}, ["--steps", "many"]),
     "choice": ({"solver": "heun"}, ["heun", "unipc"]),
     "fps": ({"fps": 0}, ["fps 0"]),
@@ -193,9 +192,9 @@ def test_bad_flags(tmp_path, monkeypatch, changes, words):
         ("t2v", ["t2v", "--first-frame"]),
     ],
 )
-def test_bad_checkpoints_are_found_before_the_work(tmp_path, capsys, kind, words):
+def test_bad_checkpoints_are_found_before_the_work(tmp_path, monkeypatch, kind, words):
+    monkeypatch.setattr("wanjax.sampling.pipeline.Pipeline.encode", None)  # not one stage begins
     refused(flags(DIFFUSERS, checkpoint=broken(tmp_path, kind), output=tmp_path / "v.npy"), words)
-    assert "text" not in capsys.readouterr().err  # not one stage has begun
     assert not (tmp_path / "v.npy").exists()
 
 

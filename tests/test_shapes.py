@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from wanjax.demo.shapes import SHAPES, VOCABULARY, ProceduralClips, caption, describe, draw_scene, render
+from wanjax.demo.shapes import SHAPES, VOCABULARY, ProceduralClips, caption, describe_scene, draw_scene, render
 from wanjax.errors import InputError
 
 
@@ -72,7 +72,7 @@ def test_only_the_words_for_the_way_differ():
     """The three ways between the same ends: every one its own caption, and its own middle frame."""
     scene = next(s for s in map(draw_scene, range(100)) if s.figures[0].verb == "moves")
     versions = [scene._replace(figures=(scene.figures[0]._replace(bend=bend),)) for bend in (-1, 0, 1)]
-    assert len({describe(version) for version in versions}) == 3
+    assert len({describe_scene(version) for version in versions}) == 3
     middles = [render(version, 3, 64)[1] for version in versions]
     assert all(psnr(middles[i], middles[j]) < 25 for i, j in ((0, 1), (0, 2), (1, 2)))
 

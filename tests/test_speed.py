@@ -11,7 +11,7 @@ from sharding.mesh import MeshShape
 from wanjax.conditioning.samples import Encoded
 from wanjax.config import DiTConfig, LoRAConfig, TrainConfig
 from wanjax.training.objectives import make_objective
-from wanjax.training.speed import operations, peak, step_operations
+from wanjax.training.speed import operations, peak
 
 
 def test_operations_of_loops_convolutions_and_branches():
@@ -38,14 +38,14 @@ def test_a_step_of_the_full_model_on_a_mesh():
     assert objective.unit == "tokens"
     assert objective.units(batch) == 2 * 75600
     with on(MeshShape(fsdp=2, ring=2, ulysses=2)):
-        count = step_operations(objective, batch)
+        count = objective.step_operations(batch)
         adapters = dataclasses.replace(objective, config=dataclasses.replace(config, lora=LoRAConfig(rank=1)))
-        beside = step_operations(adapters, batch)
+        beside = adapters.step_operations(batch)
         assert beside == pytest.approx(count / 3 * 2, rel=1e-3)  # and what adapters of rank 1 take
     assert count / 6 == pytest.approx(6.55e15, rel=0.01)
     assert 4 * 40 * 75600**2 * 5120 / (count / 6) == pytest.approx(0.71, abs=0.01)
     one = Encoded(*(jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for x in batch))
-    assert step_operations(objective, one) == pytest.approx(count / 2, rel=1e-3)
+    assert objective.step_operations(one) == pytest.approx(count / 2, rel=1e-3)
 
 
 def test_peaks():

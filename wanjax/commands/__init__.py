@@ -10,13 +10,18 @@ from wanjax.cli import Parser, exit_codes
 
 COMMANDS = {
     "sample": "two pictures and a sentence go in, a video comes out",
+    "app": "a page in the browser: two pictures, a prompt, a video",
+    "serve": "a server of videos: /v1/videos, with a queue that survives restarts",
+    "decode": "make the video of latents that sampling kept",
     "train": "train a network, or adapters beside one",
     "convert": "a checkpoint in the other layout, bit for bit",
     "quantize": "a checkpoint with the DiT's blocks in 8 bits",
     "calibrate": "measure a checkpoint for the step caches",
+    "runs": "a page of trainings: curves, samples, settings",
     "cache": "encode clips once, before training",
     "select": "score clips and keep those worth training on",
-    "report": "what full-size programs take of every device, without one",
+    "plan": "whether a full-size run fits on hardware that is not here, and how long it takes",
+    "report": "bytes and collectives of a run's programs, as counted or compiled",
     "demo": "the small model that ships with the package",
 }
 

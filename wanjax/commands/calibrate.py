@@ -13,18 +13,31 @@ are; and with guidance above 1 from which step on the CFG cache would do no harm
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
-from wanjax.cli import Parser, add_settings, given_settings
+from wanjax.cli import Parser, add_settings, given_settings, printable
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
+from wanjax.untrusted import parse_json, read_text, reason
 
 FLAGS = (
-    *("checkpoint", "first_frame", "last_frame", "prompt", "negative_prompt", "lora", "height", "width", "frames"),
-    *("steps", "solver", "guidance", "shift", "seed", "conventions", "quantize", "attention", "dtype", "mesh"),
-    "compile_cache",
+    *("checkpoint", "first_frame", "last_frame", "keyframe", "prompt", "negative_prompt", "height", "width", "frames"),
+    *("lora", "lora_high", "lora_low", "guidance_low", "boundary", "boundary_step", "experts"),
+    *(
+        "steps",
+        "solver",
+        "sigmas",
+        "timesteps",
+        "guidance",
+        "shift",
+        "seed",
+        "conventions",
+        "quantize",
+        "attention",
+        "dtype",
+        "mesh",
+    ),
+    *("dit", "dit_low", "vae", "text_encoder", "image_encoder", "tokenizer", "compile_cache"),
 )
 """Those of `wanjax sample` that say what is measured."""
 OF_A_PROMPT = ("prompt", "negative_prompt", "first_frame", "last_frame", "seed")
@@ -34,9 +47,15 @@ OF_A_PROMPT = ("prompt", "negative_prompt", "first_frame", "last_frame", "seed")
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser("wanjax calibrate", description=__doc__)
-    parser.add_argument("--config", metavar="FILE", help="configs/*.py with get_config() -> SampleConfig")
-    parser.add_argument("--prompts", metavar="FILE", help="a prompt, or a JSON object of settings, a line")
-    parser.add_argument("--output", metavar="FILE", default="calibration.json", help="(default: calibration.json)")
+    parser.add_argument(
+        "--config", type=printable, metavar="FILE", help="configs/*.py with get_config() -> SampleConfig"
+    )
+    parser.add_argument(
+        "--prompts", type=printable, metavar="FILE", help="a prompt, or a JSON object of settings, a line"
+    )
+    parser.add_argument(
+        "--output", type=printable, metavar="FILE", default="calibration.json", help="(default: calibration.json)"
+    )
     add_settings(parser, SampleConfig, FLAGS)
     return parser
 
@@ -48,11 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     config = dataclasses.replace(config, **given_settings(flags, SampleConfig, FLAGS))
 
     from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
-    from wanjax.files import check_output
+    from wanjax.files import check_apart, check_output
     from wanjax.sampling.calibrate import calibrate, report
     from wanjax.sampling.compile_cache import cache_folder, use_persistent_cache
     from wanjax.weights.quantize import is_quantized
 
+    check_apart({"--output": flags.output}, {"--prompts": flags.prompts})
     check_output(flags.output, accepted=(".json",))
     use_tpu_options(TPU_OPTIONS_8_BIT if is_quantized(config) else TPU_OPTIONS)
     use_persistent_cache(cache_folder(config.compile_cache))
@@ -69,15 +89,17 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
       InputError: the file cannot be read, is empty, or a line is not understood.
     """
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts {path} cannot be read ({error}); a text file is needed, a prompt a line") from error
+        lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"prompts {path} cannot be read ({reason(error)}); a text file is needed, a prompt a line"
+        ) from error
     if not lines:
         raise InputError(f"prompts {path} is empty; a prompt a line is needed; give some")
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:
-            settings: Any = json.loads(line) if line.startswith("{") else {"prompt": line}
+            settings: Any = parse_json(line) if line.startswith("{") else {"prompt": line}
         except ValueError as error:
             raise InputError(f"prompts {path} line {number} is not JSON ({error}); correct it") from error
         if unknown := settings.keys() - set(OF_A_PROMPT):

@@ -6,17 +6,15 @@ wanjax demo --publish out/demo/stage3/model       # puts a model that `make demo
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from wanjax.cli import Parser
+from wanjax.cli import Parser, printable, printable_path
 from wanjax.commands import sample
 
 
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser("wanjax demo", description=__doc__)
-    parser.add_argument("--publish", metavar="DIR", type=Path, help="a trained model in the Diffusers layout")
-    parser.add_argument("--output", metavar="PATH", help="of the video (default: out/video.mp4)")
+    parser.add_argument("--publish", metavar="DIR", type=printable_path, help="a trained model in the Diffusers layout")
+    parser.add_argument("--output", type=printable, metavar="PATH", help="of the video (default: out/video.mp4)")
     return parser
 
 

@@ -10,110 +10,308 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID. The first one prints and writes.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
+import json
 import os
 import sys
-import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wanjax import demo
-from wanjax.cli import Parser, add_settings, given_settings
+from wanjax.cli import Parser, add_settings, given_settings, printable
 from wanjax.config import SampleConfig, load_config
 from wanjax.errors import InputError
 
 if TYPE_CHECKING:
-    from wanjax.sampling.pipeline import Pipeline
+    import numpy as np
+
+    from wanjax.sampling.pipeline import Pipeline, Step
     from wanjax.sampling.request import Request
     from wanjax.sampling.result import Result
+    from wanjax.sampling.windows import Plan
 
 
 def make_parser() -> Parser:
     """The command's flags."""
     parser = Parser("wanjax sample", description=__doc__)
-    parser.add_argument("--config", metavar="FILE", help="configs/*.py with get_config() -> SampleConfig")
+    parser.add_argument(
+        "--config", type=printable, metavar="FILE", help="configs/*.py with get_config() -> SampleConfig"
+    )
     add_settings(parser, SampleConfig)
+    screen = parser.add_argument_group("screen")
+    screen.add_argument("--quiet", action="store_true", help="print the path of the video, and nothing else")
+    screen.add_argument("--json", action="store_true", help="print what was made as a line of JSON, and nothing else")
     return parser
 
 
 def parse(argv: list[str] | None = None) -> SampleConfig:
-    """Flags over configuration file over defaults."""
-    flags = make_parser().parse_args(argv)
+    """Flags over the preset that they name over configuration file over defaults."""
+    return configured(make_parser().parse_args(argv))
+
+
+def configured(flags: argparse.Namespace) -> SampleConfig:
+    """The configuration of flags that were read."""
     given = given_settings(flags, SampleConfig)
-    default = SampleConfig if "checkpoint" in given else demo.get_config
-    return dataclasses.replace(load_config(flags.config, SampleConfig) if flags.config else default(), **given)
+    default = SampleConfig if {"checkpoint", "dit"} & given.keys() else demo.get_config
+    config = load_config(flags.config, SampleConfig) if flags.config else default()
+    if "preset" in given:
+        from wanjax.sampling import presets
+
+        config = presets.apply(config, given.pop("preset"))
+    if given.get("loop"):  # its last frame is the first, whatever a configuration has
+        given = {"last_frame": None, **given}
+    if "continue_" in given:
+        given = {"first_frame": None, **given}
+    return dataclasses.replace(config, **given)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    config = parse(argv)
+    flags = make_parser().parse_args(argv)
+    try:
+        config = configured(flags)
+        from wanjax.weights import quantize  # here: --help and bad flags need none of these
 
-    from sharding import distributed  # here: --help and bad flags need none of these
+        is_8_bit = quantize.is_quantized(config)
+    except InputError as error:
+        if "JAX_COORDINATOR_ADDRESS" in os.environ:  # the others are told
+            from sharding import distributed
+
+            distributed.fail_together(error, None, None, None)
+        raise
+
+    from sharding import distributed
     from sharding.xla_options import TPU_OPTIONS, TPU_OPTIONS_8_BIT, use_tpu_options
+    from wanjax.remote import sent
     from wanjax.sampling import compile_cache
-    from wanjax.sampling.pipeline import Pipeline
-    from wanjax.weights import quantize
 
     # ---- the other hosts, before anything asks for a device
-    use_tpu_options(TPU_OPTIONS_8_BIT if quantize.is_quantized(config) else TPU_OPTIONS)
+    use_tpu_options(TPU_OPTIONS_8_BIT if is_8_bit else TPU_OPTIONS)
     distributed.initialize(saves_on_sigterm=False)
+    with distributed.ending_together():
+        distributed.check_same(version=compile_cache.code_version(), **vars(config))
+        with sent(config.output, "--output") as output:
+            made = run(dataclasses.replace(config, output=output), is_silent=flags.quiet or flags.json)
+        if made is not None:
+            conclude(*made, config.output, flags)
+
+
+def run(config: SampleConfig, is_silent: bool) -> tuple[Request, Result, Plan | None] | None:
+    """Make a video, and write it to this disk, on the processes that are there; None on hosts but the first."""
+    from sharding import distributed
+    from wanjax.sampling import compile_cache, windows
+    from wanjax.sampling.pipeline import Pipeline
 
     compile_cache.use_persistent_cache(compile_cache.cache_folder(config.compile_cache))
 
     # ---- everything that can be wrong, before hours of work
-    pipe = Pipeline(config, keep="one")  # there is one request only
-    request = pipe.prepare()
-    if distributed.is_main():
-        announce(pipe, request)
+    check_outputs(config)
+    is_long = windows.is_needed(config)
+    pipe = Pipeline(config, keep="auto" if is_long else "one")  # of what is not long there is one request only
+    plan = windows.prepare(pipe) if is_long else None
+    request = plan.request if plan else pipe.prepare()
+    if distributed.is_main() and not is_silent:
+        announce(pipe, request, plan)
 
-    # ---- the work
+    # ---- the work; files appear once, and whole or not at all
+    work = Work(request, make_preview(pipe, config))
     try:
-        with distributed.notice_lost_hosts():
-            result = pipe(request)
+        with work.keeping(), distributed.notice_lost_hosts():
+            told = {"on_step": work.on_step, "progress": not is_silent}
+            result = windows.run(pipe, plan, **told) if plan else pipe(request, on_latents=work.on_latents, **told)
+            if distributed.is_main():
+                write(request, result)
     except distributed.LostHostError as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.exit_immediately(1)
-
-    # ---- files appear once, and whole or not at all
-    if distributed.is_main():
-        write(request, result)
+    return (request, result, plan) if distributed.is_main() else None
 
 
-def announce(pipe: Pipeline, request: Request) -> None:
-    """Print what will be done, if its outputs can be written."""
-    from wanjax.files import check_output
+def check_outputs(config: SampleConfig) -> None:
+    """Whether what will be made can be written, and not over what it is made of.
+
+    Raises:
+      InputError: it cannot.
+    """
+    from wanjax.files import ARRAY, check_apart, check_output
+    from wanjax.media import check_fps
+    from wanjax.sampling.preview import PICTURES
+
+    pictures = {f"--{name}-frame": getattr(config, f"{name}_frame") for name in ("first", "last")}
+    inputs = {flag: path for flag, path in pictures.items() if isinstance(path, str)}
+    inputs |= {"--initial-noise": config.initial_noise, "--calibration": config.calibration}
+    inputs["--continue"] = config.continue_
+    loras = (*config.lora, *config.lora_high, *config.lora_low)
+    inputs |= {f"--lora {path}": path.rpartition(":")[0] or path for path in loras}
+    inputs |= {f"--keyframe {x}": x.partition("=")[2] for x in config.keyframe if isinstance(x, str)}
+    files = ("dit", "dit_low", "vae", "text_encoder", "image_encoder", "tokenizer")
+    inputs |= {f"--{name.replace('_', '-')}": getattr(config, name) for name in files}
+    inputs["--preview-decoder"] = config.preview_decoder
+    outputs = {"--output": config.output, "--save-latents": config.save_latents, "--preview": config.preview}
+    check_apart(outputs, inputs)
+    check_output(config.output)
+    if config.preview is not None:
+        check_output(config.preview, PICTURES)
+    elif config.preview_decoder is not None:
+        raise InputError(
+            f"--preview-decoder {config.preview_decoder} without --preview; give the file to write as that"
+        )
+    check_fps(config.output, config.fps)
+    if config.save_latents is not None:
+        check_output(config.save_latents, ARRAY)
+
+
+def announce(pipe: Pipeline, request: Request, plan: Plan | None) -> None:
+    """Print what will be done; of a long video the plan, and the first window's request."""
+    from wanjax.sampling.summary import memory, summary
+    from wanjax.terminal import painted
     from wanjax.weights import lora
 
     config = request.config
-    check_output(config.output)
-    if config.save_latents:
-        check_output(config.save_latents, accepted=(".npy",))
-    for file in pipe.networks.loras:
-        print(lora.describe(file, pipe.dit))
+    for line in request.notes:
+        print(line, file=sys.stderr)
     if config.note:
         print(config.note)
-    frames, size = config.frames, f"{request.width}x{request.height}"
-    print(
-        f"{request.task}, {frames} frames of {size}, {config.solver} {config.steps} steps, guidance {config.guidance}"
-    )
+    if plan:
+        places = ", ".join(map(str, plan.starts))
+        print(f"{len(plan.starts)} windows of {plan.length} frames, from frames {places}; the first:")
+    first, *others = summary(pipe, request)
+    print(painted(first, "bold"))
+    for line in others[:-1]:
+        print(line)
+    for name, files in pipe.networks.loras.items():
+        expert = {1: "", 2: {"dit": "high noise: ", "dit_low": "low noise: "}.get(name, "")}[len(pipe.networks.loras)]
+        for file in files:
+            print(f"  {expert}{lora.describe_adapters(file, pipe.dit)}")
+    print(painted(others[-1], "yellow") if memory(pipe, request)[1] else others[-1], flush=True)
+
+
+def make_preview(pipe: Pipeline, config: SampleConfig) -> Callable[[Step], None] | None:
+    """What writes a preview after steps, on the first host; None: it is not asked for."""
+    from sharding.distributed import is_main
+    from wanjax.sampling.preview import Writer
+
+    if config.preview is None:
+        return None
+    preview = pipe.preview(config.preview_decoder)
+    writer = Writer(preview, config.preview, config.fps)
+    return lambda step: writer(step.done, step.steps, step.x0) if is_main() else None
+
+
+class Work:
+    """What a run has come to, for when it does not end well: hours are in it.
+
+    Args:
+      request: what runs.
+      preview: is shown every step; None: nobody asked for it.
+    """
+
+    def __init__(self, request: Request, preview: Callable[[Step], None] | None):
+        self.request, self.preview, self.steps, self.latents = request, preview, 0, None
+
+    def on_step(self, step: Step) -> None:
+        """As `Pipeline.__call__` tells."""
+        self.steps = step.done
+        if self.preview is not None:
+            self.preview(step)
+
+    def on_latents(self, latents: np.ndarray) -> None:
+        """Likewise."""
+        self.latents = latents
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """If what comes after the denoising fails or is interrupted, its latents are written.
+
+        Raises:
+          InputError: it failed; where the latents are, and how they become a video.
+          KeyboardInterrupt: it was interrupted, which is said before.
+        """
+        from sharding.distributed import is_main
+        from wanjax.untrusted import reason
+
+        try:
+            yield
+        except KeyboardInterrupt:
+            if is_main():
+                print(f"\n{self.interrupted()}", file=sys.stderr, flush=True)
+            raise
+        except Exception as error:
+            if self.latents is None or isinstance(error, InputError) or not is_main():
+                raise
+            raise InputError(f"the latents could not be decoded ({reason(error)}); {self.keep()}") from error
+
+    def interrupted(self) -> str:
+        """What an interrupt leaves behind, in words."""
+        if self.latents is not None:
+            try:
+                return f"interrupted after the denoising: {self.keep()}"
+            except InputError as error:
+                return f"interrupted after the denoising: {error}"
+        return f"interrupted after {self.steps} of {self.request.config.steps} steps: nothing was written"
+
+    def keep(self) -> str:
+        """Write the latents; where they are, and what to do, in words.
+
+        Raises:
+          InputError: they are elsewhere, or nowhere.
+        """
+        from wanjax.files import Output, write_all
+
+        config, latents = self.request.config, self.latents
+        path = Path(config.save_latents or Path(config.output).with_suffix(".latents.npy"))
+        try:
+            write_all(Output("latents", path, lambda place: write_latents(place, latents)))
+        except InputError as error:
+            raise InputError(f"{error}; make the video of them with wanjax decode") from error
+        return f"they are in {path}; make the video with wanjax decode {path}"
+
+
+def write_latents(path: Path, latents: np.ndarray | None) -> None:
+    """Latents `[1, f, h, w, c]` as `.npy`, channels first."""
+    from wanjax import media
+
+    assert latents is not None
+    media.save_array(path, latents.swapaxes(-1, -2).swapaxes(-2, -3).swapaxes(-3, -4))  # [1, c, f, h, w]
 
 
 def write(request: Request, result: Result) -> None:
-    """Write what was made, and print what it took."""
-    import numpy as np
-
+    """Write what was made."""
     from wanjax import media
+    from wanjax.files import Output, write_all
+
+    config, kept = request.config, request.config.save_latents
+    video = media.video_output(config.output, result.video, config.fps)
+    latents = [Output("latents", kept, lambda place: write_latents(place, result.latents))] if kept else []
+    write_all(*latents, video)
+
+
+def conclude(request: Request, result: Result, plan: Plan | None, place: str, flags: argparse.Namespace) -> None:
+    """Print what was made and what it took, as the flags ask for it; the video's place is last."""
+    from wanjax.sampling import windows
+    from wanjax.sampling.result import given_psnr
 
     config = request.config
-    if request.rules is not None:
-        share = result.evaluations / config.steps
-        print(f"DiT evaluations: {result.evaluations:g} of {config.steps} ({share:.0%})")
-    if config.save_latents:
-        media.save_array(config.save_latents, np.moveaxis(result.latents, -1, 1))
-    try:
-        media.write_video(config.output, result.video, config.fps)
-    except OSError as error:  # the disk filled up during the hours of work: they shall not be lost
-        rescued = Path(tempfile.gettempdir()) / f"wanjax-{os.getpid()}.npy"
-        media.save_array(rescued, result.video)
-        raise InputError(f"{config.output} cannot be written ({error}); the video is in {rescued} instead") from error
-    print(f"{config.output}  ({', '.join(f'{stage} {s:.1f} s' for stage, s in result.seconds.items())})")
+    given = given_psnr(request, result) if len(request.frames) and len(result.video) and not plan else {}
+    seams = windows.seams(result.video, plan.seams) if plan else {}
+    if flags.json:
+        made = {"video": place, "latents": config.save_latents, "task": request.task}
+        made |= {"frames": len(result.video), "width": request.width, "height": request.height, "fps": config.fps}
+        made |= {"steps": config.steps, "seed": config.seed, "evaluations": result.evaluations}
+        made |= {"seconds": {stage: round(s, 3) for stage, s in result.seconds.items()}}
+        print(json.dumps(made | {"given_frames_psnr": {str(i): round(psnr, 2) for i, psnr in given.items()}}))
+        return
+    if not flags.quiet:
+        if seams:
+            print(f"change at seams, of the usual one: {', '.join(f'frame {i} {x:.2f}' for i, x in seams.items())}")
+        if given:
+            print(f"given frames, decoded: {', '.join(f'frame {i} {psnr:.1f} dB' for i, psnr in given.items())}")
+        if request.rules is not None:
+            share = result.evaluations / config.steps
+            print(f"DiT evaluations: {result.evaluations:g} of {config.steps} ({share:.0%})")
+        stages = ", ".join(f"{stage} {s:.1f} s" for stage, s in result.seconds.items())
+        print(f"{sum(result.seconds.values()):.1f} s: {stages}")
+    print(place)

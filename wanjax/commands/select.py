@@ -15,9 +15,19 @@ import argparse
 import math
 import os
 import sys
-from pathlib import Path
 
-from wanjax.cli import INTERRUPTED, Parser
+from wanjax.cli import (
+    INTERRUPTED,
+    Parser,
+    add_settings,
+    number,
+    numbers,
+    printable_path,
+    several,
+    whole_number,
+    whole_numbers,
+)
+from wanjax.config import TrainConfig
 from wanjax.selection import SCORES
 
 
@@ -30,10 +40,12 @@ def make_parser() -> Parser:
         epilog=f"scores:\n{scores}\n  and any other column of the input that holds numbers",
     )
     add = parser.add_argument
-    add("input", type=Path, help="manifest (.jsonl, .csv, .parquet) or folder of videos")
-    add("--out", type=Path, help="manifest of the kept clips (default: selected.jsonl beside the input, or in it)")
-    add("--sheet", type=Path, help="contact sheet (default: beside the manifest, .png)")
-    add("--scores", type=Path, help="where scores are kept between runs (default: beside the input, .scores.jsonl)")
+    add("input", type=printable_path, help="folder of videos, manifest (.jsonl, .json, .csv, .parquet) or .tar shards")
+    out = "manifest of the kept clips (default: selected.jsonl beside the input, or in it)"
+    kept = "where scores are kept between runs (default: beside the input, .scores.jsonl)"
+    add("--out", type=printable_path, help=out)
+    add("--sheet", type=printable_path, help="contact sheet (default: beside the manifest, .png)")
+    add("--scores", type=printable_path, help=kept)
     limits = {"nargs": "+", "type": limit, "default": [], "action": "extend"}
     add("--min", **limits, metavar="NAME=VALUE", help="drop clips with less")
     add("--max", **limits, metavar="NAME=VALUE", help="drop clips with more")
@@ -41,17 +53,32 @@ def make_parser() -> Parser:
     add("--bottom", **limits, metavar="NAME=SHARE", help="of the clips left, keep the share with the lowest values")
     add(
         "--duplicates",
-        type=int,
+        type=whole_number,
         nargs="?",
         const=6,
         metavar="BITS",
         help="drop near duplicates; bits of 64 that may differ in a frame (6)",
     )
-    add("--clip", type=Path, metavar="CHECKPOINT", help="score clip_difference too, with this checkpoint's CLIP tower")
-    add("--frames", type=int, default=81, help="of the longest clips in training (81)")
-    add("--area", type=int, default=480 * 832, help="pixels of a frame in training (480 * 832)")
-    add("--fps", type=float, default=16.0, help="frames a second in training (16)")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="clips to score at once (all cores)")
+    clip = "score clip_difference too, with this checkpoint's CLIP tower"
+    add("--clip", type=printable_path, metavar="CHECKPOINT", help=clip)
+    add("--frames", type=whole_number, default=81, help="of the longest clips in training (81)")
+    add("--area", type=whole_number, default=480 * 832, help="pixels of a frame in training (480 * 832)")
+    add("--fps", type=number, default=16.0, help="frames a second in training (16)")
+    add(
+        "--lengths",
+        type=several(whole_numbers),
+        metavar="N,N,..",
+        help="of the clips in training (--frames and parts of it)",
+    )
+    add(
+        "--ratios",
+        type=several(numbers),
+        metavar="X,X,..",
+        help="width / height in training (16:9, 4:3, 1:1, 3:4, 9:16)",
+    )
+    add("--caption-encoding", default="", metavar="NAME", help="of caption files, or guess (UTF-8)")
+    add_settings(parser, TrainConfig, ["compile_cache"])
+    add("--threads", type=whole_number, default=os.cpu_count() or 1, help="clips to score at once (all cores)")
     return parser
 
 
@@ -59,8 +86,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     args = make_parser().parse_args(argv)
 
+    from wanjax.sampling.compile_cache import cache_folder, use_persistent_cache
     from wanjax.selection.select import select
 
+    use_persistent_cache(cache_folder(args.compile_cache))
     try:
         select(args)
     except KeyboardInterrupt:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -114,11 +115,11 @@ def test_changed_parts_compile_anew(tmp_path, monkeypatch, counts):
 
     assert compiles() == 1
     assert compiles() == 0
-    surroundings = compile_cache.environment()
-    assert set(surroundings) == {"code", "libraries", "platform", "flags", "options", "mesh", "devices", "processes"}
-    for part in surroundings:
+    parts = compile_cache.environment()
+    assert set(parts) == {"code", "libraries", "platform", "flags", "options", "mesh", "devices", "processes"}
+    for part in parts:
         with monkeypatch.context() as patch:
-            patch.setattr(compile_cache, "environment", lambda part=part: surroundings | {part: "another"})
+            patch.setattr(compile_cache, "environment", lambda part=part: parts | {part: "another"})
             assert compiles() == 1, part
             assert compiles() == 0, part
     assert compiles(np.arange(7, dtype=np.float32)) == 1  # shape
@@ -224,12 +225,46 @@ def test_a_folder_that_cannot_be_written_is_no_harm(tmp_path):
     np.testing.assert_array_equal(called(tmp_path / "file")["sum"], X + 2)
 
 
+def test_a_place_that_jax_cannot_write_is_no_harm(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    compile_cache.use_persistent_cache(tmp_path / "file/folder")
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    assert "compiled programs cannot be kept in" in capsys.readouterr().err
+
+
+def test_folders_are_the_users_own_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        compile_cache.use_persistent_cache(tmp_path / "a")
+        assert compile_cache.trusted(tmp_path / "a")
+        assert compile_cache.trusted(tmp_path / "a/jax")
+    finally:
+        os.umask(before)
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+
+
+def test_others_may_not_write_programs(tmp_path):
+    """They are pickles: whoever writes one runs code. The folder may be a user's own, with any permissions."""
+    before = os.umask(0)
+    try:
+        called(tmp_path)
+    finally:
+        os.umask(before)
+    (file,) = (file for file in tmp_path.iterdir() if file.name.startswith("double-"))
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_place(monkeypatch, tmp_path):
     monkeypatch.delenv(compile_cache.ENVIRONMENT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert compile_cache.cache_folder(None) == tmp_path / "wanjax"
     assert compile_cache.cache_folder("off") is None
     assert compile_cache.cache_folder("here") == Path("here")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**20 + 7)  # whom no list of users has
+    assert compile_cache.cache_folder(None) is None
     monkeypatch.setenv(compile_cache.ENVIRONMENT, "off")
     assert compile_cache.cache_folder(None) is None
     assert compile_cache.cache_folder("here") == Path("here")
