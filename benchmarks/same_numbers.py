@@ -1,222 +1,195 @@
-"""Whether two checkouts of this project compute the same numbers, to the bit: for changes that must not change any.
+"""Shows that a refactoring changed no number: runs the same things in two checkouts and compares what they wrote.
 
-    python benchmarks/same_numbers.py OLD NEW             # folders or git revisions
-    python benchmarks/same_numbers.py                     # HEAD against the working tree
-    python benchmarks/same_numbers.py OLD NEW --only demo calibration
+    python benchmarks/same_numbers.py OLD NEW        # folders, or revisions of this repository
+    python benchmarks/same_numbers.py                # HEAD and the working tree
+    python benchmarks/same_numbers.py v1 . --only demo magcache train --keep out/same
 
-Both run the same commands: sampling with the demo model, plain, with every cache, sharded and in 8 bits; a calibration;
-a conversion; a latent cache; ten training steps of every objective. What they write is compared: arrays to the bit,
-losses and figures as they are printed. Sampled figures of validation may differ by rounding (1e-4), and nothing else.
-Prints a table; the last line is JSON; exit code 1 where something differs.
+Sampled are latents and videos of the demo model: solvers, guidance, step caches, 8 bits, adapters, and meshes of eight
+fake devices. Trained are tiny networks for ten steps, for their losses and exported weights. And a calibration file, a
+latent cache, converted and quantised checkpoints are made. All of it on the CPU, in processes of each checkout.
+Everything must be equal to the bit, but for the `samples/` figures of validation, which may differ by 1e-5 of their
+size. A line for each file says whether it is equal, or how many numbers differ and by how much. The last line is JSON;
+the exit code is 1 where something is not as it must be. Ten minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-from safetensors.numpy import load_file
+from comparison.cases import CASES, Case, choose, spelled, write_configs
+from comparison.files import compare, only
+
+from wanjax.cli import exit_codes
+from wanjax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
-SPELLINGS = {
-    "calibrate": ("wanjax.calibrate", "wanjax.sampling.calibrate"),
-    "convert": ("wanjax.convert", "wanjax.weights"),
-    "quantize": ("wanjax.quantize", "wanjax.weights.quantize"),
-    "cache": ("wanjax.data.cache", "wanjax.training.latent_cache"),
-}
-"""Of commands, before they were those of `python -m wanjax`."""
-ROUNDING = {"samples/": 1e-4}
-"""Relative difference that figures with such names may have."""
-CONFIG = """
-from wanjax.config import *
-SHAPES = ShapesData("all", 0, 12)
-TRAIN = dict(workdir={workdir!r}, encoders="wanjax/demo", frames=9, height=32, width=32, batch=2, steps=10, warmup=2,
-             dtype="float32", ema_decay=0.9, mesh="data=1,fsdp=2,ring=2,ulysses=2", save_every=100)
-DIT = DiTConfig(dim=64, ffn_dim=96, num_heads=4, num_layers=2, in_channels=68, out_channels=32, freq_dim=32,
-                text_dim={text_dim}, text_len=80, image_dim={image_dim}, image_positions={image_positions})
-VAE = VAEConfig(dim=8, z_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1, latents_mean=(0.0,) * 4,
-                latents_std=(1.0,) * 4)
-def get_config():
-    return TrainConfig(**TRAIN | dict({changes}))
-"""
-TRAININGS = {
-    "dit": "dit=DIT, data=SHAPES, tasks=TaskMix(i2v=1.0, flf2v=1.0, continuation=1.0), accumulate=2",
-    "validated": "dit=DIT, data=SHAPES, validation=ShapesData('all', 50, 4), validate_every=5, sample_every=5, "
-    "sample_clips=2, sample_steps=2, batch=4",
-    "lora": "checkpoint='wanjax/demo', data=SHAPES, lora=LoRAConfig(rank=2), mesh='fsdp=2,ulysses=4'",
-    "cached": "dit=DIT, data=CachedData(CACHE, of=SHAPES), mesh='fsdp=2,ulysses=4'",
-    "vae": "encoders=None, vae=VAE, data=SHAPES, snippet=(5, 16, 16), mesh='fsdp=2,ulysses=4'",
-}
-DEMO = {
-    "demo": "",
-    "demo dpmpp": "--solver dpmpp --steps 3",
-    "demo euler, guided": "--solver euler --guidance 4 --steps 3",
-    "demo, diffusers' conventions": "--conventions diffusers --steps 3",
-    "demo fixed:2": "--cache fixed:2 --steps 6",
-    "demo cfg-cache": "--cfg-cache 2 --guidance 4 --steps 8",
-    "demo fast": "--fast --guidance 4 --steps 8",
-    "demo teacache": "--cache teacache:0.3 --calibration {calibration} --steps 6 --guidance 4",
-    "demo magcache": "--cache magcache:0.1 --calibration {calibration} --steps 6 --guidance 4",
-    "demo int8": "--quantize int8",
-    "demo on data=2,ulysses=4": "--mesh data=2,ulysses=4 --guidance 4 --steps 3",
-    "demo on ring=2,ulysses=4": "--mesh ring=2,ulysses=4 --steps 3",
-    "demo on fsdp=8": "--mesh fsdp=8 --steps 3",
-}
+RUN_COMMANDS = Path(__file__).parent / "comparison/run_commands.py"
 
 
-class Checkout:
-    """A checkout, and a folder for what it writes."""
+class Side(NamedTuple):
+    """A checkout.
 
-    def __init__(self, path: Path, out: Path):
-        self.path, self.out = path, out
-        out.mkdir(parents=True)
+    name: old or new.
+    folder: of the checkout.
+    out: where its outputs go.
+    compiled: where its compiled programs go.
+    """
 
-    def run(self, *command: str) -> None:
-        """A Python command in the checkout.
+    name: str
+    folder: Path
+    out: Path
+    compiled: Path
 
-        Raises:
-          SystemExit: it fails.
-        """
-        flags = "--xla_force_host_platform_device_count=8"
-        environment = os.environ | {"PYTHONPATH": str(self.path), "XLA_FLAGS": flags, "WANJAX_COMPILE_CACHE": "off"}
-        done = subprocess.run(
-            [sys.executable, *command], cwd=self.path, env=environment, capture_output=True, text=True
-        )
-        if done.returncode:
-            sys.exit(f"{self.path}: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    @property
+    def log(self) -> Path:
+        """What the commands print."""
+        return self.out / "log.txt"
 
-    def command(self, name: str, *flags: str) -> None:
-        """A command of the package, as this checkout spells it."""
-        if (self.path / "wanjax/commands").is_dir():
-            return self.run("-m", "wanjax", name, *flags)
-        places = {module: self.path / module.replace(".", "/") for module in SPELLINGS[name]}
-        module = next(m for m, p in places.items() if p.with_suffix(".py").exists() or (p / "__main__.py").exists())
-        return self.run("-m", module, *flags)
+    def run(self, cases: dict[str, Case]) -> dict[str, str]:
+        """Run cases, a process for each number of devices; of those that failed, how."""
+        write_configs(self.out)
+        failed = dict.fromkeys(cases, "did not end")
+        for devices in sorted({case.devices for case in cases.values()}):
+            chosen = {name: case for name, case in cases.items() if case.devices == devices}
+            for ended in self.process(chosen, devices):
+                print(f"{self.name}: {ended['case']} {ended['seconds']:.1f} s", file=sys.stderr, flush=True)
+                del failed[ended["case"]]
+                if ended["code"]:
+                    failed[ended["case"]] = f"exit code {ended['code']}"
+        return failed
 
-    def calibration(self) -> Path:
-        """A calibration file of the demo, made when first asked for."""
-        file = self.out / "calibration.json"
-        if not file.exists():
-            demo = "wanjax/demo"
-            flags = {"checkpoint": demo, "first-frame": f"{demo}/first.png", "last-frame": f"{demo}/last.png"}
-            flags |= {"prompt": "a red circle", "height": "64", "width": "64", "frames": "17", "steps": "6"}
-            flags |= {"shift": "40", "guidance": "4", "dtype": "float32", "output": str(file)}
-            self.command("calibrate", *(x for name, value in flags.items() for x in (f"--{name}", value)))
-        return file
-
-    def sample(self, name: str, flags: str) -> None:
-        """A run of the demo: latents and video."""
-        stem = self.out / name.replace(" ", "_").replace(",", "").replace("'", "").replace(":", "-").replace("=", "")
-        if "{calibration}" in flags:
-            flags = flags.format(calibration=self.calibration())
-        files = ("--output", f"{stem}.npy", "--save-latents", f"{stem}.latents.npy")
-        self.run("sample_jax.py", *files, *flags.split())
-
-    def train(self, name: str, changes: str) -> None:
-        """Ten steps: losses, figures and what is exported."""
-        demo = self.path / "wanjax/demo"
-        dit = json.loads((demo / "transformer/config.json").read_text())
-        sizes = {
-            "text_dim": dit["text_dim"],
-            "image_dim": dit["image_dim"],
-            "image_positions": dit["pos_embed_seq_len"],
+    def process(self, cases: dict[str, Case], devices: int) -> Iterator[dict[str, Any]]:
+        """What `run_commands.py` says of cases that it runs in this checkout."""
+        commands = json.dumps([(name, spelled(case, self.folder, self.out)) for name, case in cases.items()])
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        variables = {
+            "PYTHONPATH": str(self.folder),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": flags,
+            # The cases share most of their programs: JAX keeps what it compiled, of this checkout and for this run.
+            "WANJAX_COMPILE_CACHE": "off",
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
-        config = self.out / f"{name}.py"
-        config.write_text(CONFIG.format(workdir=str(self.out / name), changes=changes, **sizes))
-        self.run("train_jax.py", "--config", str(config))
-
-    def convert(self) -> None:
-        """The demo in the other layout and back, and in 8 bits."""
-        official, back = str(self.out / "official"), str(self.out / "back")
-        self.command("convert", "wanjax/demo", official, "--layout", "official", "--no-pth")
-        self.command("convert", official, back, "--layout", "diffusers")
-        int8 = str(self.out / "int8")
-        self.command("quantize", "--checkpoint", "wanjax/demo", "--output", int8, "--format", "int8", "--layers", "1:2")
-
-
-def cases(checkout: Checkout) -> dict[str, Any]:
-    """What is run, by name."""
-    found: dict[str, Any] = {"calibration": checkout.calibration, "conversion": checkout.convert}
-    found |= {name: lambda n=name, f=flags: checkout.sample(n, f) for name, flags in DEMO.items()}
-    return found | {f"training {n}": lambda n=n, c=c: checkout.train(n, c) for n, c in TRAININGS.items()}
+        with self.log.open("a") as log:
+            child = subprocess.Popen(
+                [sys.executable, str(RUN_COMMANDS), commands],
+                cwd=self.folder,
+                env=os.environ | variables,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+            with child:
+                assert child.stdout is not None
+                yield from (json.loads(line) for line in child.stdout if line.startswith('{"case"'))
 
 
-def numbers(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Everything that was written, by name: arrays, and figures that are not times."""
-    for file in sorted(folder.rglob("*")):
-        name = str(file.relative_to(folder))
-        if file.suffix == ".npy":
-            yield name, np.load(file)
-        elif file.suffix == ".safetensors":
-            yield from ((f"{name} {key}", value) for key, value in load_file(file).items())
-        elif file.name == "calibration.json":
-            yield from ((f"{name} {k}", np.asarray(v)) for k, v in json.loads(file.read_text()).items() if k[0] != "_")
-        elif file.name == "metrics.jsonl":
-            for line in map(json.loads, file.read_text().splitlines()):
-                kept = {k: v for k, v in line.items() if "/" in k or k in ("loss", "grad_norm")}
-                yield from ((f"{name} step {line['step']} {k}", np.asarray(v)) for k, v in kept.items())
+class Row(NamedTuple):
+    """A line of the report; the verdict is equal, close or DIFFERENT."""
+
+    case: str
+    file: str
+    verdict: str
+    remark: str
 
 
-def compare(old: Any, new: Any, name: str) -> tuple[bool, str]:
-    """Whether two values are the same, and in words how far they are from each other."""
-    if old is None or new is None:
-        return False, "missing in " + ("OLD" if old is None else "NEW")
-    if old.dtype != new.dtype or old.shape != new.shape:
-        return False, f"{old.dtype} {old.shape} against {new.dtype} {new.shape}"
-    if old.tobytes() == new.tobytes():
-        return True, "equal"
-    if old.dtype.kind not in "fiu" and old.dtype.name != "bfloat16":
-        return False, f"{old} against {new}"
-    a, b = old.astype(np.float64), new.astype(np.float64)
-    relative = float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12))
-    allowed = next((limit for part, limit in ROUNDING.items() if part in name), 0.0)
-    return relative <= allowed, f"differ by {relative:.1e} of the largest, {np.mean(a != b):.1%} of the numbers"
+def compare_case(name: str, case: Case, old: Side, new: Side, failed: list[str]) -> Iterator[Row]:
+    """A row for each file of a case, or one that says that it failed."""
+    found = [
+        {str(path.relative_to(side.out)) for pattern in case.files for path in side.out.glob(pattern) if path.is_file()}
+        for side in (old, new)
+    ]
+    if failed or not any(found):
+        yield Row(name, "", "DIFFERENT", "; ".join(failed) or "nothing was written")
+        return
+    for side, file in only(*found):
+        yield Row(name, file, "DIFFERENT", f"only {side} has it")
+    for file in sorted(found[0] & found[1]):
+        yield Row(name, file, *compare(old.out / file, new.out / file))
 
 
-def checkout(name: str, folder: Path) -> Path:
-    """A folder as it is, or a git revision of this repository as a folder."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    folder.mkdir()
-    archive = subprocess.run(["git", "archive", name], cwd=ROOT, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x"], cwd=folder, input=archive, check=True)
-    return folder
+def checkout(given: str, folder: Path) -> Path:
+    """A folder as it is; a revision of this repository, unpacked into `folder`.
+
+    Raises:
+      InputError: it is neither.
+    """
+    if Path(given).is_dir():
+        if not (Path(given) / "sample_jax.py").is_file():
+            raise InputError(f"{given} has no sample_jax.py; a checkout of this project is needed; give its root")
+        return Path(given).resolve()
+    made = subprocess.run(["git", "archive", given], cwd=ROOT, capture_output=True)
+    if made.returncode:
+        raise InputError(f"{given} is neither a folder nor a revision of {ROOT}; one of them is needed; such as HEAD")
+    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder.resolve()
 
 
-def main() -> int:
-    """Run the command line."""
+def run_both(old: Side, new: Side, cases: dict[str, Case]) -> list[Row]:
+    """Run the cases in both checkouts at the same time, and compare."""
+    with ThreadPoolExecutor(2) as threads:
+        failed = list(threads.map(lambda side: side.run(cases), (old, new)))
+    rows = []
+    for name, case in cases.items():
+        reasons = [f"{side.name}: {how[name]}" for side, how in zip((old, new), failed, strict=True) if name in how]
+        rows += compare_case(name, case, old, new, reasons)
+    for side, how in zip((old, new), failed, strict=True):
+        if how:
+            print(f"{side.log} ends:\n{side.log.read_text(errors='replace')[-3000:]}", file=sys.stderr)
+    return rows
+
+
+def print_table(rows: list[Row]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join(f"{text:{width}}" for text, width in zip(row, (*widths, 0), strict=True)).rstrip())
+
+
+def read_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", nargs="?", default="HEAD", help="folder or git revision (default: HEAD)")
-    parser.add_argument("new", nargs="?", default=str(ROOT), help="the same (default: the working tree)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="cases, by a part of their names")
-    flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
-        pair = [Checkout(checkout(getattr(flags, x), here / f"{x}-code"), here / x) for x in ("old", "new")]
-        chosen = [n for n in cases(pair[0]) if flags.only is None or any(part in n for part in flags.only)]
-        for name in chosen:
-            print(f"{name} ..", flush=True)
-            for side in pair:
-                cases(side)[name]()
-        old, new = (dict(numbers(side.out)) for side in pair)
-    rows = {name: compare(old.get(name), new.get(name), name) for name in {**old, **new}}
-    shown = {name: words for name, (same, words) in rows.items() if words != "equal"}
-    print("\n".join(f"{name:70} {words}" for name, words in shown.items()))
-    different = sum(not same for same, _ in rows.values())
-    print(
-        f"{len(rows)} arrays and figures of {len(chosen)} cases: {different} differ, {len(shown) - different} rounded"
-    )
-    print(json.dumps({"benchmark": "same_numbers", "compared": len(rows), "different": different, "cases": chosen}))
-    return int(different > 0 or not rows)
+    parser.add_argument("old", nargs="?", default="HEAD", help="folder or revision (default: HEAD)")
+    parser.add_argument("new", nargs="?", default=str(ROOT), help="likewise (default: the working tree)")
+    parser.add_argument("--only", nargs="+", metavar="CASE", help=f"of {', '.join(CASES)}; with those that they need")
+    parser.add_argument("--keep", metavar="DIR", help="keep outputs and logs in this folder, which is new or empty")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags, start = read_flags(), time.perf_counter()
+    cases = choose(flags.only)
+    if flags.keep and Path(flags.keep).exists() and any(Path(flags.keep).iterdir()):
+        raise InputError(f"--keep {flags.keep} is not empty; a new or empty folder is accepted; give another")
+    with tempfile.TemporaryDirectory(prefix="same_numbers_") as temporary:
+        folder = Path(temporary).resolve()
+        out = Path(flags.keep).resolve() if flags.keep else folder / "out"
+        old, new = (
+            Side(name, checkout(given, folder / f"checkout-{name}"), out / name, folder / f"compiled-{name}")
+            for name, given in (("old", flags.old), ("new", flags.new))
+        )
+        rows = run_both(old, new, cases)
+    print_table(rows)
+    counts = {
+        verdict.lower(): sum(row.verdict == verdict for row in rows) for verdict in ("equal", "close", "DIFFERENT")
+    }
+    result = {"benchmark": "same_numbers", "cases": len(cases)} | counts
+    print(json.dumps(result | {"seconds": round(time.perf_counter() - start, 1)}))
+    sys.exit(1 if counts["different"] else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_codes():
+        main()

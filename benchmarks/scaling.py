@@ -4,7 +4,7 @@
 
 Per mesh, per device: operations of the matrix products (attention's too), and bytes that each kind of collective moves.
 A reduced network, so that it compiles in seconds; the rules that split it are those of the full one, for which
-`wanjax report --config configs/flf2v_14b_720p.py --compile v6e:2x4` asks the TPU's compiler. The last
+`wanjax plan --config configs/flf2v_14b_720p.py --target v6e:2x4` asks the TPU's compiler. The last
 line is JSON. `work` is one device's operations times the devices, over those of one device alone: 1 is perfect.
 """
 
