@@ -2,25 +2,26 @@
 #   PYTHON=python3.13 make test     another interpreter, in a folder of its own: .venv-python3.13
 #   make test CONSTRAINTS=tests/oldest.txt VENV=.venv-oldest     the oldest releases that are promised to work
 #   TORCH="torch==2.13.0 --index-url ..." make parity     another build of torch (the default may be a CUDA one)
-#   make aot ONLY="not 4x4x4 and not 16x16"     some of those programs, as pytest -k takes it; so for make test
+#   make aot ONLY="not 4x4x4 and not 4x4x8 and not 16x16"     some of those programs, as pytest -k takes it; so for make test
 ifeq ($(origin PYTHON),undefined)
-PYTHON := python3
 VENV ?= .venv
+PYTHON := $(or $(shell test -x $(VENV)/bin/python && echo $(VENV)/bin/python),python3)
 endif
 VENV ?= .venv-$(notdir $(PYTHON))
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: sample test lint aot aot-setup aot-gpu aot-gpu-setup golden parity parity-setup bench demo clean
+.PHONY: fuzz sample test browser browser-setup server lint aot aot-setup aot-gpu aot-gpu-setup golden parity parity-setup bench demo docs docs-setup notebook \
+        launch-check launch-setup clean
 
 sample: $(VENV)/.installed  ## the packaged demo model on its own two frames: out/video.mp4
 	$(BIN)/python sample_jax.py
 
 test: $(VENV)/.installed  ## what needs neither torch nor an accelerator's compiler
-	@echo "Deselected here: live (against diffusers, run 'make parity'), aot (compiles for TPUs, run 'make aot')"
-	@echo "and aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu')."
-	$(BIN)/python -m pytest -n 2 -m "not live and not aot and not aot_gpu" -k "$(ONLY)"
+	@echo "Deselected here: live (against diffusers, run 'make parity'), aot (compiles for TPUs, run 'make aot'),"
+	@echo "aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu') and browser (the page in Chromium, run 'make browser')."
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not live and not aot and not aot_gpu and not browser" -k "$(ONLY)"
 
 aot: $(VENV)/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of one core, 8 GB of memory
 	$(BIN)/python -m pytest -m aot -k "$(ONLY)"
@@ -31,6 +32,17 @@ aot-gpu: .venv-gpu/.installed  ## kernels and full-size programs compiled for NV
 	.venv-gpu/bin/python -m pytest -m aot_gpu tests/test_gpu_aot.py
 
 aot-gpu-setup: .venv-gpu/.installed
+
+browser: .venv-browser/.installed  ## the page in Chromium, which has to be there: apt-get install chromium
+	.venv-browser/bin/python -m pytest -m browser tests/test_page.py
+
+browser-setup: .venv-browser/.installed
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "Chromium is not installed" >&2; exit 1; }
+
+server: $(VENV)/.installed  ## the server under clients and kills, and random requests against its own schema
+	$(BIN)/python benchmarks/server.py
+	$(BIN)/python -m pip install --quiet "schemathesis>=4,<5"
+	$(BIN)/python benchmarks/requests_at_random.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -47,8 +59,30 @@ parity: $(VENV)/.golden  ## against diffusers and transformers running beside it
 
 parity-setup: $(VENV)/.golden
 
-bench: $(VENV)/.installed  ## every script of benchmarks/, one after the other
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+FORMATS := safetensors gguf npy mp4
+fuzz: $(VENV)/.installed  ## inputs guided by coverage for binary formats, FOR=60 seconds each
+	$(PIP) --editable ".[dev,fuzz]"
+	set -e; for format in $(FORMATS); do \
+	  $(BIN)/python benchmarks/fuzzing/guided.py $$format -max_total_time=$(or $(FOR),60); done
+
+bench: $(VENV)/.installed  ## all that this machine can measure, in hours: out/bench/DATE.json and .md; BENCH=--quick in minutes
+	$(BIN)/python benchmarks/all.py $(BENCH)
+
+docs: $(VENV)/.docs  ## the pages, into out/site; whatever is wrong with them is an error
+	$(BIN)/python docs/flags.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-setup: $(VENV)/.docs
+
+notebook: $(VENV)/.docs  ## runs docs/tour.ipynb and keeps what it shows
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/jupyter execute --inplace docs/tour.ipynb
+
+launch-check: $(VENV)/.launch  ## docs/launch as far as it can be checked without the hardware
+	$(BIN)/shellcheck docs/launch/*.sh
+	$(BIN)/hadolint docs/launch/Dockerfile docs/launch/Dockerfile.tpu
+	$(BIN)/kubernetes-validate --strict docs/launch/gke.yaml
+
+launch-setup: $(VENV)/.launch
 
 DEMO := out/demo
 TRAIN = $(BIN)/python train_jax.py --config configs/demo_$(1).py && test -d $@
@@ -78,11 +112,20 @@ $(DEMO)/stage3/model: | $(DEMO)/clips3/index.json $(DEMO)/stage2_long/model
 clean:
 	rm -rf .venv .venv-* .pytest_cache .ruff_cache out
 
-# The stamp is younger than pyproject.toml: installed, and nothing to do.
-$(VENV)/.installed: pyproject.toml
+# An environment is of one Python and one set of constraints, and is not taken for another.
+VERSION := -c 'import sys; print("Python %d.%d" % sys.version_info[:2])'
+ASKED = $$($(PYTHON) $(VERSION))$(if $(CONSTRAINTS), with $(CONSTRAINTS))
+.PHONY: $(VENV)/.made-of
+$(VENV)/.made-of:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: $(PYTHON) is older than Python 3.11; give another: PYTHON=python3.12 make ..." >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	  { echo "error: $(PYTHON) is not there or older than Python 3.11; give another: PYTHON=python3.12 make ..." >&2; exit 2; }
+	@test -x $(BIN)/python || { mkdir -p $(VENV) && echo "$(ASKED)" > $@; }
+	@made="$$(cat $@ 2>/dev/null || $(BIN)/python $(VERSION))"; test "$$made" = "$(ASKED)" || \
+	  { echo "error: $(VENV) is of $$made, not of $(ASKED); give another folder, VENV=..., or remove it" >&2; exit 2; }
+
+# The stamp is younger than pyproject.toml: installed, and nothing to do.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/.made-of
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing wanjax and its tools into $(VENV) (a few minutes the first time)"
 	$(PIP) --editable ".[dev]"
 	@touch $@
@@ -96,6 +139,23 @@ $(VENV)/.golden: $(VENV)/.installed
 $(VENV)/.aot: $(VENV)/.installed
 	@echo "Installing libtpu into $(VENV)"
 	$(PIP) --editable ".[dev,aot]"
+	@touch $@
+
+# A place of its own: Gradio wants an older Pillow.
+.venv-browser/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-browser
+	@echo "Installing Gradio and Playwright into .venv-browser"
+	.venv-browser/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,browser]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "Installing MkDocs into $(VENV)"
+	$(PIP) --editable ".[dev,docs]"
+	@touch $@
+
+$(VENV)/.launch: $(VENV)/.installed
+	@echo "Installing shellcheck, hadolint and kubernetes-validate into $(VENV)"
+	$(PIP) --editable ".[dev,launch]"
 	@touch $@
 
 # A place of its own: with its plugin, jax complains on every import that there is no GPU.

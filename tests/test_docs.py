@@ -2,6 +2,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,21 @@ from tiny import ROOT
 
 from wanjax.commands import COMMANDS, module
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FOLDERS = "wanjax|sharding|configs|benchmarks|docs|tests"
 MADE_BY_USERS = re.compile(r"configs/X\.py|configs/train_\.\.")
-OTHER_PROGRAMS = {"--index-url", "--logdir", "--completion", "--check", "--version", "--help", "--upgrade"}
+OTHER_PROGRAMS = {
+    "--build-arg",
+    "--gpus",
+    "--index-url",
+    "--logdir",
+    "--ei",
+    "--completion",
+    "--check",
+    "--version",
+    "--help",
+    "--upgrade",
+}
 
 
 def named(page, pattern):
@@ -73,3 +86,11 @@ def test_modules_and_members(page):
             for part in parts[i:]:
                 found = getattr(found, part)
             break
+
+
+def test_troubleshooting_lists_what_the_source_raises():
+    done = subprocess.run([sys.executable, "docs/errors.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "### Checkpoints and adapters" in done.stdout
+    assert "- `--boundary … and --boundary-step …; one of them is accepted; leave one out`" in done.stdout
+    assert [line for line in done.stdout.splitlines() if line.startswith("- `") and ";" not in line] == []
+    assert "<!-- errors: docs/errors.py -->" in (ROOT / "docs/troubleshooting.md").read_text()
