@@ -8,9 +8,12 @@ import sys
 import numpy as np
 import pytest
 from tiny import DIFFUSERS, flags
+from tiny_experts import make_folders
 
 import sample_jax
-from wanjax.sampling import stages
+from wanjax.errors import InputError
+from wanjax.sampling import recorded, stages
+from wanjax.sampling.pipeline import Pipeline
 from wanjax.terminal import bar_width, has_colours, painted
 
 
@@ -67,10 +70,10 @@ def interrupt(*args):
         ("wanjax.sampling.pipeline.Pipeline.encode", r"interrupted after 0 of \d+ steps: nothing was written", set()),
         (
             "wanjax.sampling.pipeline.Pipeline.decode",
-            r"interrupted after the denoising: they are in",
+            r"interrupted after the denoising: the latents are in",
             {"v.latents.npy"},
         ),
-        ("wanjax.commands.sample.write", "make the video with wanjax decode", {"v.latents.npy"}),
+        ("wanjax.commands.sample.Work.write", "make the video of them with wanjax decode", {"v.latents.npy"}),
     ],
 )
 def test_an_interrupt_says_what_was_kept(place, said, left, tmp_path, monkeypatch, capsys):
@@ -79,6 +82,44 @@ def test_an_interrupt_says_what_was_kept(place, said, left, tmp_path, monkeypatc
         sample(tmp_path)
     assert re.search(said, capsys.readouterr().err)
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_video_holds_the_settings_that_made_it(tmp_path):
+    sample_jax.main([*flags(DIFFUSERS, output=tmp_path / "v.mp4", frames=5, height=16, width=16, steps=2, seed=7)])
+    settings, loras = recorded.read(tmp_path / "v.mp4")
+    assert [settings[name] for name in ("frames", "height", "width", "steps", "seed")] == [5, 16, 16, 2, 7]
+    assert loras == ()
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "said", "left"),
+    [
+        ("Pipeline.encode", KeyboardInterrupt, r"interrupted after 0 of 1 steps: the first 9 frames are in", ""),
+        ("Pipeline.encode", MemoryError, r"a later window failed \(.*; the first 9 frames are in", ""),
+        ("Pipeline.decode", RuntimeError, r"could not be decoded \(.*frames are in .*; the latents are in", "latents"),
+    ],
+)
+def test_windows_that_are_whole_are_kept(place, fault, said, left, tmp_path, monkeypatch, capsys):
+    """Whatever comes over the second."""
+    work, times = getattr(Pipeline, place.partition(".")[2]), []
+
+    def fail_at_second(*args, **kwargs):
+        times.append(1)
+        if len(times) == 2:
+            raise fault("no more")
+        return work(*args, **kwargs)
+
+    monkeypatch.setattr(f"wanjax.sampling.pipeline.{place}", fail_at_second)
+    folder = make_folders(tmp_path / "a14b")["flf2v"]
+    out = tmp_path / "out"
+    with pytest.raises((KeyboardInterrupt, InputError)) as ended:
+        sample_jax.main(
+            f"--checkpoint {folder} --first-frame docs/pictures/first.png --height 16 --width 16 --frames 15 "
+            f"--window 9 --overlap 3 --steps 1 --guidance 1 --prompt x --output {out / 'v.npy'}".split()
+        )
+    assert re.search(said, capsys.readouterr().err + str(ended.value))
+    assert {path.name for path in out.iterdir()} == {"v-begun.npy"} | ({"v.latents.npy"} if left else set())
+    assert np.load(out / "v-begun.npy").shape == (9, 16, 16, 3)
 
 
 def test_where_nobody_watches_a_line_comes_now_and_then(monkeypatch, capsys):

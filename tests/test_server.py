@@ -21,7 +21,7 @@ from wanjax.sampling import recorded
 from wanjax.serving import api
 from wanjax.serving.jobs import Jobs
 from wanjax.serving.warm import make_warm, sizes
-from wanjax.serving.worker import Worker, lora_name
+from wanjax.serving.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -316,8 +316,8 @@ def test_sizes_to_warm():
 
 def test_adapters_go_by_name(pipe, tmp_path):
     """Of a folder; what a video remembers of one is its name."""
-    assert lora_name("/a/b.c.safetensors:0.5") == "b.c:0.5"
-    assert lora_name("/a/b.safetensors") == "b"
+    assert recorded.lora_name("/a/b.c.safetensors:0.5") == "b.c:0.5"
+    assert recorded.lora_name("/a/b.safetensors") == "b"
     shutil.copy(demo.FOLDER / "first.png", tmp_path / "broken.safetensors")
     with serving(pipe, tmp_path / "data", lora_dir=str(tmp_path)) as client:
         answer = client.post("/v1/videos", json={"lora": ["broken:0.5"]})

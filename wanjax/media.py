@@ -61,9 +61,10 @@ def read_comment(path: str | Path) -> str:
         raise InputError(f"video {path} cannot be read ({reason(error)}); an .mp4 is needed; give another") from error
 
 
-def video_output(path: str | Path, video: np.ndarray, fps: float) -> Output:
-    """What `wanjax.files.write_all` takes of a video."""
-    return Output("video", path, lambda place: write_video(place, video, fps), lambda place: save_array(place, video))
+def video_output(path: str | Path, video: np.ndarray, fps: float, comment: str = "") -> Output:
+    """What `wanjax.files.write_all` takes of a video; arguments as those of `write_video`."""
+    write = functools.partial(write_video, video=video, fps=fps, comment=comment)
+    return Output("video", path, write, lambda place: save_array(place, video))
 
 
 def check_fps(path: str | Path, fps: float) -> None:

@@ -120,10 +120,10 @@ def run(config: SampleConfig, is_silent: bool) -> tuple[Request, Result, Plan | 
     work = Work(request, make_preview(pipe, config))
     try:
         with work.keeping(), distributed.notice_lost_hosts():
-            told = {"on_step": work.on_step, "progress": not is_silent}
-            result = windows.run(pipe, plan, **told) if plan else pipe(request, on_latents=work.on_latents, **told)
+            told = {"on_step": work.on_step, "on_latents": work.on_latents, "progress": not is_silent}
+            result = windows.run(pipe, plan, on_window=work.on_window, **told) if plan else pipe(request, **told)
             if distributed.is_main():
-                write(request, result)
+                work.write(result, plan)
     except distributed.LostHostError as error:
         print(f"error: {error}", file=sys.stderr)
         distributed.exit_immediately(1)
@@ -211,6 +211,7 @@ class Work:
 
     def __init__(self, request: Request, preview: Callable[[Step], None] | None):
         self.request, self.preview, self.steps, self.latents = request, preview, 0, None
+        self.begun: np.ndarray | None = None
 
     def on_step(self, step: Step) -> None:
         """As `Pipeline.__call__` tells."""
@@ -222,12 +223,16 @@ class Work:
         """Likewise."""
         self.latents = latents
 
+    def on_window(self, begun: np.ndarray) -> None:
+        """As `windows.run` tells."""
+        self.begun, self.steps, self.latents = begun, 0, None
+
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
-        """If what comes after the denoising fails or is interrupted, its latents are written.
+        """If the work fails or is interrupted, the frames of whole windows and latents that are denoised are written.
 
         Raises:
-          InputError: it failed; where the latents are, and how they become a video.
+          InputError: it failed; where they are, and how latents become a video.
           KeyboardInterrupt: it was interrupted, which is said before.
         """
         from sharding.distributed import is_main
@@ -240,34 +245,61 @@ class Work:
                 print(f"\n{self.interrupted()}", file=sys.stderr, flush=True)
             raise
         except Exception as error:
-            if self.latents is None or isinstance(error, InputError) or not is_main():
+            has_nothing = self.latents is None and self.begun is None
+            if has_nothing or isinstance(error, InputError) or not is_main():
                 raise
-            raise InputError(f"the latents could not be decoded ({reason(error)}); {self.keep()}") from error
+            failed = "a later window failed" if self.latents is None else "the latents could not be decoded"
+            raise InputError(f"{failed} ({reason(error)}); {self.keep()}") from error
 
     def interrupted(self) -> str:
         """What an interrupt leaves behind, in words."""
+        when = f"after {self.steps} of {self.request.config.steps} steps"
         if self.latents is not None:
-            try:
-                return f"interrupted after the denoising: {self.keep()}"
-            except InputError as error:
-                return f"interrupted after the denoising: {error}"
-        return f"interrupted after {self.steps} of {self.request.config.steps} steps: nothing was written"
+            when = "after the denoising"
+        elif self.begun is None:
+            return f"interrupted {when}: nothing was written"
+        try:
+            return f"interrupted {when}: {self.keep()}"
+        except InputError as error:
+            return f"interrupted {when}: {error}"
 
     def keep(self) -> str:
-        """Write the latents; where they are, and what to do, in words.
+        """Write the frames of whole windows, and the latents; where they are, and what to do, in words.
 
         Raises:
           InputError: they are elsewhere, or nowhere.
         """
+        from wanjax import media
         from wanjax.files import Output, write_all
 
-        config, latents = self.request.config, self.latents
-        path = Path(config.save_latents or Path(config.output).with_suffix(".latents.npy"))
+        config, latents, begun = self.request.config, self.latents, self.begun
+        place, outputs, words = Path(config.output), [], []
+        if begun is not None:
+            path = place.with_name(f"{place.stem}-begun{place.suffix}")
+            outputs.append(media.video_output(path, begun, config.fps))
+            words.append(f"the first {len(begun)} frames are in {path}")
+        if latents is not None:
+            path = Path(config.save_latents or place.with_suffix(".latents.npy"))
+            outputs.append(Output("latents", path, lambda place: write_latents(place, latents)))
+            words.append(f"the latents are in {path}; make the video of them with wanjax decode {path}")
         try:
-            write_all(Output("latents", path, lambda place: write_latents(place, latents)))
+            write_all(*outputs)
         except InputError as error:
-            raise InputError(f"{error}; make the video of them with wanjax decode") from error
-        return f"they are in {path}; make the video with wanjax decode {path}"
+            raise InputError(f"{error}; make the video of latents with wanjax decode") from error
+        return "; ".join(words)
+
+    def write(self, result: Result, plan: Plan | None) -> None:
+        """Write what was made, with the settings that made it."""
+        from wanjax import media
+        from wanjax.files import Output, write_all
+        from wanjax.sampling import recorded
+
+        request, kept = self.request, self.request.config.save_latents
+        config = plan.config if plan else request.config
+        settings = recorded.settings(dataclasses.replace(request, config=config))
+        text = recorded.to_text(settings, (*config.lora, *config.lora_high, *config.lora_low))
+        latents = [Output("latents", kept, lambda place: write_latents(place, result.latents))] if kept else []
+        write_all(*latents, media.video_output(config.output, result.video, config.fps, text))
 
 
 def write_latents(path: Path, latents: np.ndarray | None) -> None:
@@ -276,17 +308,6 @@ def write_latents(path: Path, latents: np.ndarray | None) -> None:
 
     assert latents is not None
     media.save_array(path, latents.swapaxes(-1, -2).swapaxes(-2, -3).swapaxes(-3, -4))  # [1, c, f, h, w]
-
-
-def write(request: Request, result: Result) -> None:
-    """Write what was made."""
-    from wanjax import media
-    from wanjax.files import Output, write_all
-
-    config, kept = request.config, request.config.save_latents
-    video = media.video_output(config.output, result.video, config.fps)
-    latents = [Output("latents", kept, lambda place: write_latents(place, result.latents))] if kept else []
-    write_all(*latents, video)
 
 
 def conclude(request: Request, result: Result, plan: Plan | None, place: str, flags: argparse.Namespace) -> None:

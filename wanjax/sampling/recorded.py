@@ -49,8 +49,14 @@ def plain(name: str, value: Any) -> Any:
 
 
 def to_text(values: dict[str, Any], loras: tuple[str, ...] = ()) -> str:
-    """What a file keeps: settings, and adapters by file name and strength."""
-    return json.dumps({MARK: 1, "settings": values, "lora": list(loras)}, ensure_ascii=False)
+    """What a file keeps: settings, and adapters (`FILE` or `FILE:STRENGTH`) by file name and strength."""
+    return json.dumps({MARK: 1, "settings": values, "lora": [lora_name(x) for x in loras]}, ensure_ascii=False)
+
+
+def lora_name(given: str) -> str:
+    """An adapter's file name without suffix, and its strength."""
+    path, mark, strength = given.rpartition(":") if ":" in given else (given, "", "")
+    return f"{path.replace(chr(92), '/').rpartition('/')[2].rpartition('.')[0]}{mark}{strength}"
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -69,7 +75,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise InputError(f"{Path(path).name}: {error}") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f"video {Path(path).name} holds no settings; one that wanjax serve or wanjax app made is needed; "
+            f"video {Path(path).name} holds no settings; one that wanjax made is needed; "
             "programs that copy videos often drop them"
         ) from error
     return values, loras

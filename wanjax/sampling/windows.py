@@ -133,13 +133,20 @@ def sample(pipe: Pipeline, **settings: Any) -> Result:
     return run(pipe, prepare(pipe, **settings))
 
 
-def run(pipe: Pipeline, plan: Plan, say: Callable[[Request], Any] = lambda request: None, **callbacks: Any) -> Result:
+def run(
+    pipe: Pipeline,
+    plan: Plan,
+    say: Callable[[Request], Any] = lambda request: None,
+    on_window: Callable[[np.ndarray], Any] = lambda video: None,
+    **callbacks: Any,
+) -> Result:
     """The video of a plan. `Result.latents` are the last window's.
 
     Args:
       pipe: with the networks.
       plan: from `prepare`.
       say: called with every window's request before its work.
+      on_window: called with the frames so far, uint8 `[F, H, W, 3]`, before every window but the first.
       callbacks: `on_step`, `progress` and the like, as `Pipeline.__call__` takes them.
 
     Raises:
@@ -151,8 +158,9 @@ def run(pipe: Pipeline, plan: Plan, say: Callable[[Request], Any] = lambda reque
     for i, start in enumerate(starts):
         common, request = 0, plan.request
         if i:
-            common = starts[i - 1] + length - start
-            request = pipe.request(of_window(whole, start, length, np.concatenate(parts)[-common:]))
+            common, begun = starts[i - 1] + length - start, np.concatenate(parts)
+            on_window(begun)
+            request = pipe.request(of_window(whole, start, length, begun[-common:]))
         say(request)
         results.append(pipe(request, **callbacks))
         parts.append(results[-1].video[common:])

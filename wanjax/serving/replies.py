@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from wanjax.sampling.recorded import lora_name
 from wanjax.serving.jobs import Job
-from wanjax.serving.worker import Worker, lora_name
+from wanjax.serving.worker import Worker
 
 STATUS = {"running": "in_progress"}
 """Our states by the field's words, where they differ."""

@@ -145,7 +145,7 @@ class Worker(threading.Thread):
             job = self.described(job, pictures)
             self.hosts.send({"job": dataclasses.asdict(job), "pictures": [(p, as_text(data)) for p, data in pictures]})
             video, timings = self.compute(job, pictures)
-            text = recorded.to_text(job.settings, tuple(lora_name(x) for x in job.loras))
+            text = recorded.to_text(job.settings, job.loras)
             media.write_video(self.jobs.video(job.id), video, job.settings["fps"], text)
             self.jobs.finish(job.id, timings)
             self.metrics.completed(timings, time.monotonic() - started)
@@ -296,9 +296,3 @@ def as_text(data: bytes) -> str:
 def as_bytes(text: str) -> bytes:
     """The bytes of such a text."""
     return base64.b64decode(text)
-
-
-def lora_name(given: str) -> str:
-    """An adapter's file name without suffix, and its strength."""
-    path, mark, strength = given.rpartition(":") if ":" in given else (given, "", "")
-    return f"{path.replace(chr(92), '/').rpartition('/')[2].rpartition('.')[0]}{mark}{strength}"
