@@ -150,6 +150,7 @@ BAD = {
     "unknown": ("nothing", None, ["preset nothing; accepted: fastwan3, lightning4"]),
     "not json": ("a.json", "{", ["a.json cannot be read ("]),
     "fails": ("a.py", "1 / 0", ["a.py cannot be read (ZeroDivisionError"]),
+    "ends the program": ("a.py", "raise SystemExit(0)", ["a.py cannot be read (SystemExit: 0)"]),
     "no function": ("a.py", "", ["a.py cannot be read (KeyError: 'get_preset')"]),
     "field": ("a.json", '{"prompt": "x"}', ["sets prompt; accepted: solver, steps"]),
     "value": ("a.json", '{"sigmas": 1}', ["sets sigmas = 1, which it cannot be"]),

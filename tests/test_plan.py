@@ -88,7 +88,7 @@ def test_8_bits_are_counted(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--config configs/none.py", "cannot be read"),
+        ("--config configs/none.py", "does not exist"),
         ("--config configs/tiny_random.py", "NETWORK"),
         ("--config configs/train_tiny.py", "MESHES"),
         (f"--config {FLF2V} --mesh data=-1", "give every size"),
@@ -301,3 +301,16 @@ def test_devices_of_a_target(target, devices):
 def test_a_bar_is_as_wide_as_asked():
     assert bar([1, 1, 0, 1], 4, 8) == "████▓▓░░"[:2] + "▓▓░░··"
     assert bar([5, 5], 4, 8) == "█" * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("raise SystemExit(0)", "cannot be read .SystemExit: 0"),
+        ("def get_config():\n    return 3", "returns int; SampleConfig or TrainConfig is needed"),
+    ],
+)
+def test_a_file_that_is_no_configuration(text, message, tmp_path):
+    (tmp_path / "a.py").write_text(text)
+    with pytest.raises(InputError, match=message):
+        command.main(["--config", str(tmp_path / "a.py")])

@@ -77,13 +77,13 @@ __all__ = [
     "Weighting",
     "check_network",
     "load_config",
-    "run_file",
+    "read_config",
 ]
 
 T = TypeVar("T")
 
 
-def run_file(path: str) -> dict[str, Any]:
+def _run_file(path: str) -> dict[str, Any]:
     """The names that a configuration file defines. It may import others of its folder, as `configs.NAME`."""
     root = str(Path(path).absolute().parent.parent)
     if root not in sys.path:  # where a command is started, it is not, unlike with `python train_jax.py`
@@ -95,7 +95,16 @@ def load_config(path: str, kind: type[T]) -> T:
     """What `get_config()` of a configuration file returns.
 
     Raises:
-      InputError: the file is missing or fails, has no `get_config()`, or that returns something else than `kind`.
+      InputError: as `read_config`.
+    """
+    return read_config(path, (kind,))[0]
+
+
+def read_config(path: str, kinds: tuple[type[T], ...]) -> tuple[T, dict[str, Any]]:
+    """What `get_config()` of a configuration file returns, and the file's other names.
+
+    Raises:
+      InputError: the file is missing or fails, has no `get_config()`, or that returns none of `kinds`.
     """
     try:
         check_file(path)
@@ -103,7 +112,8 @@ def load_config(path: str, kind: type[T]) -> T:
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise InputError(f"config {path} {what}; a Python file with get_config() is needed; see configs/") from error
     try:
-        get_config = run_file(path).get("get_config")
+        names = _run_file(path)
+        get_config = names.get("get_config")
         if get_config is None:
             raise InputError(f"config {path} has no get_config(); it must define that; see configs/")
         config = get_config()
@@ -111,8 +121,9 @@ def load_config(path: str, kind: type[T]) -> T:
         raise InputError(f"config {path}: {error}") from error
     except (Exception, SystemExit) as error:  # the file is the user's code: whatever it raises is theirs to read
         raise InputError(f"config {path} cannot be read ({type(error).__name__}: {error}); correct the file") from error
-    if not isinstance(config, kind):
+    if not isinstance(config, kinds):
+        needed = " or ".join(kind.__name__ for kind in kinds)
         raise InputError(
-            f"config {path} returns {type(config).__name__}; {kind.__name__} is needed; give the config of this script"
+            f"config {path} returns {type(config).__name__}; {needed} is needed; give the config of this script"
         )
-    return config
+    return config, names

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from sharding.mesh import AXES, MeshShape, parse_mesh
-from wanjax.config import DiTConfig, SampleConfig, TrainConfig, run_file
+from wanjax.config import DiTConfig, SampleConfig, TrainConfig, read_config
 from wanjax.errors import InputError
 from wanjax.models.dit import DiT
 from wanjax.report import programs
 from wanjax.sampling.memory import working_bytes
 from wanjax.sampling.steps import is_guided
-from wanjax.untrusted import check_file
 
 GIB = 2**30
 KEPT = {"block": 1.0, "attention": 4.0, "offload": 0.0, "dots": 12.0, "none": 40.0}
@@ -126,12 +125,7 @@ def load(path: str) -> tuple[SampleConfig | TrainConfig, DiTConfig, dict[str, st
     Raises:
       InputError: the file cannot be read or names no network.
     """
-    try:
-        names = run_file(str(check_file(path)))
-        config = names["get_config"]()
-    except Exception as error:  # the file is the user's code
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"config {path} cannot be read ({reason}); give a file such as those of configs/") from error
+    config, names = read_config(path, (SampleConfig, TrainConfig))
     dit = (config.dit if isinstance(config, TrainConfig) else None) or names.get("NETWORK")
     if dit is None:
         raise InputError(f"config {path} does not say which network; it needs NETWORK = DiTConfig(..); see configs/")

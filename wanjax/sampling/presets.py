@@ -49,7 +49,7 @@ def read(preset: str) -> dict[str, Any]:
     try:
         settings = read_json(path) if path.suffix == ".json" else runpy.run_path(preset)["get_preset"]()
         settings = dict(settings)
-    except Exception as error:  # a .py is the user's code: whatever it raises is theirs to read
+    except (Exception, SystemExit) as error:  # a .py is the user's code: whatever it raises is theirs to read
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(
             f"preset {preset} cannot be read ({reason}); a JSON object, or get_preset() that returns a dictionary, is "
