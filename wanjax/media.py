@@ -63,8 +63,12 @@ def read_comment(path: str | Path) -> str:
 
 def video_output(path: str | Path, video: np.ndarray, fps: float, comment: str = "") -> Output:
     """What `wanjax.files.write_all` takes of a video; arguments as those of `write_video`."""
-    write = functools.partial(write_video, video=video, fps=fps, comment=comment)
-    return Output("video", path, write, lambda place: save_array(place, video))
+    return Output(
+        "video",
+        path,
+        lambda place: write_video(place, video, fps, comment),
+        lambda place: save_array(place, video),
+    )
 
 
 def check_fps(path: str | Path, fps: float) -> None:
