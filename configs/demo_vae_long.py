@@ -2,7 +2,7 @@
 
     python train_jax.py --config configs/demo_vae_long.py
 
-What a latent frame remembers of the past reaches further than the 9 frames of the first half, whose steps are
+What a latent frame remembers of the past reaches further than the 5 frames of the first half, whose steps are
 cheaper.
 """
 
@@ -18,10 +18,10 @@ def get_config() -> TrainConfig:
         demo_vae.get_config(),
         workdir="out/demo/vae_long",
         checkpoint="out/demo/vae/model",
-        snippet=(17, 48, 48),
-        batch=2,
+        snippet=(17, 64, 64),
+        batch=1,
         seed=1,
         steps=1500,
-        learning_rate=0.01,
+        learning_rate=0.002,
         cooldown=1200,
     )
