@@ -10,18 +10,23 @@ endif
 VENV ?= .venv-$(notdir $(PYTHON))
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+PLAIN := not live and not aot and not aot_gpu and not browser
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-.PHONY: fuzz sample test browser browser-setup server lint aot aot-setup aot-gpu aot-gpu-setup golden parity parity-setup bench demo docs docs-setup notebook \
+.PHONY: fuzz sample test slow browser browser-setup server lint aot aot-setup aot-gpu aot-gpu-setup golden parity parity-setup bench demo docs docs-setup notebook \
         launch-check launch-setup clean
 
 sample: $(VENV)/.installed  ## the packaged demo model on its own two frames: out/video.mp4
 	$(BIN)/python sample_jax.py
 
 test: $(VENV)/.installed  ## what needs neither torch nor an accelerator's compiler
-	@echo "Deselected here: live (against diffusers, run 'make parity'), aot (compiles for TPUs, run 'make aot'),"
-	@echo "aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu') and browser (the page in Chromium, run 'make browser')."
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not live and not aot and not aot_gpu and not browser" -k "$(ONLY)"
+	@echo "Deselected here: slow (sixteen of half a minute and more, run 'make slow'), live (against diffusers, run 'make parity'),"
+	@echo "aot (compiles for TPUs, run 'make aot'), aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu')"
+	@echo "and browser (the page in Chromium, run 'make browser')."
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and $(PLAIN)" -k "$(ONLY)"
+
+slow: $(VENV)/.installed  ## the slowest of the tests that need no more: runs killed and resumed, two processes, whole commands
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "slow and $(PLAIN)" -k "$(ONLY)"
 
 aot: $(VENV)/.aot  ## full-size programs compiled for TPUs on this machine: half an hour of one core, 8 GB of memory
 	$(BIN)/python -m pytest -m aot -k "$(ONLY)"

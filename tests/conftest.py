@@ -15,7 +15,6 @@ FLAGS = [
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # compiles in half the time; 0.12 no longer knows the flag
-    FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # a sixth less again: the other cores have other tests
 os.environ["XLA_FLAGS"] = f"{' '.join(FLAGS)} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["WANJAX_COMPILE_CACHE"] = "off"  # tests leave nothing in the user's cache

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from tiny import DIT, TRAIN, normal, on
 
 from sharding.mesh import MeshShape
@@ -88,6 +89,7 @@ def test_what_is_stored_is_the_moment_in_the_mean():
         assert np.abs((mean - wanted) / largest).mean() < 2e-3
 
 
+@pytest.mark.slow
 def test_a_training_on_a_mesh_with_moments_in_the_hosts_memory(tmp_path):
     """A network learns with it; moments are split as the weights, wait where they are to, and come back so."""
     config = dataclasses.replace(TRAIN, dit=DIT, optimizer="adamw8bit", offload_optimizer=True, learning_rate=1e-2)

@@ -67,6 +67,7 @@ def start(folder, source=ROOT, **changes):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_second_start_compiles_nothing(tmp_path):
     first, _ = start(tmp_path)
     assert first[MISSES] > 5

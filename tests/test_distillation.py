@@ -238,6 +238,7 @@ def test_resumes_to_the_bit(run, tmp_path):
         assert same(jax.device_get(state), states[4])
 
 
+@pytest.mark.slow
 def test_one_device_takes_the_steps_of_eight(run):
     *_, states, metrics = run
     with on():
@@ -252,6 +253,7 @@ def test_one_device_takes_the_steps_of_eight(run):
             np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_adapters_of_a_student(tmp_path):
     """Trained by the loop: both losses and samples are in the log, the teacher stays, a file and a preset are left."""
     config = dataclasses.replace(

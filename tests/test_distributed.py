@@ -133,6 +133,7 @@ runpy.run_path("train_jax.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_continues_to_the_bit(runs, uninterrupted, silence, tmp_path):
     run = runs.start(tmp_path, ENDLESS, 2, ("-c", IMPATIENT.format(silence)))
     await_steps(tmp_path, run, 5)

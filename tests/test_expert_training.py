@@ -92,6 +92,7 @@ def test_steps_are_shared_as_the_density_is(config):
     )
 
 
+@pytest.mark.slow
 def test_command_line(config, folders, tmp_path):
     """On clips, all tasks mixed, without CLIP; the adapters are read by the expert that they are of."""
     held_out = ShapesData("all", first_seed=90, count=2)

@@ -86,7 +86,7 @@ def test_the_official_layout_equals_diffusers(official, experts):
     assert_equal_to_reference(pipe(**request("flf2v", official)), "flf2v")
 
 
-@pytest.mark.parametrize("mesh", ["data=2,ulysses=4", "fsdp=2,ring=2,ulysses=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=2,ulysses=4", marks=pytest.mark.slow), "fsdp=2,ring=2,ulysses=2"])
 def test_eight_devices_equal_diffusers(folders, mesh):
     for experts in ("resident", "swap"):
         pipe = pipeline(folders["flf2v"], mesh=mesh, experts=experts)

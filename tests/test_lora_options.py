@@ -171,6 +171,7 @@ def test_dropout_drops_a_share_and_keeps_the_mean(dit):
     assert np.mean(out == 0) == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.slow
 def test_dora_and_dropout_on_a_mesh(checkpoint):
     """Losses and gradients are those of one device: what is dropped is drawn for the whole batch."""
     config = dataclasses.replace(

@@ -155,6 +155,7 @@ def test_gradients_are_those_of_one_device(config, on_one_device, remat, format)
         np.testing.assert_allclose(x, y, atol=1e-4 * max(np.abs(x).max(), 1e-3 * largest))
 
 
+@pytest.mark.slow
 def test_command_line(config, tmp_path, capsys):
     config_file = write_config(tmp_path / "config.py", dataclasses.replace(config, steps=2))
     argv = ["--config", config_file, "--workdir", str(tmp_path / "run"), "--mesh", "ulysses=8"]

@@ -26,6 +26,7 @@ def rows(on_chip, capsys, *flags):
     return found["rows"]
 
 
+@pytest.mark.slow
 def test_every_part(on_chip, capsys):
     found = rows(on_chip, capsys)
     assert not [row["part"] + ": " + row["why"] for row in found if row["why"]]

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from tiny import TRAIN, on
 
 from wanjax.config import ShapesData, TaskMix
@@ -31,6 +32,7 @@ CONFIG = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_one_clip_is_learned_by_heart():
     """The loss at fixed noise levels and noises that training never drew; every step draws its own."""
     with on():

@@ -67,7 +67,7 @@ def compiled():
     return make_step
 
 
-@pytest.mark.parametrize(("data", "stop"), [("cached", 4), ("pixels", 5)])
+@pytest.mark.parametrize(("data", "stop"), [pytest.param("cached", 4, marks=pytest.mark.slow), ("pixels", 5)])
 def test_stopped_and_started_again(configs, compiled, monkeypatch, tmp_path, data, stop):
     def no_cluster(**_):
         raise ValueError("coordinator_address should be defined.")

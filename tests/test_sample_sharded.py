@@ -24,10 +24,12 @@ def files(tmp_path):
     assert np.abs(frames / 255 - reference.reshape(frames.shape)).max() <= 2 / 255
 
 
+@pytest.mark.slow
 def test_eight_devices_that_do_not_divide_the_tokens(files):
     sample_jax.main(flags(DIFFUSERS, mesh="ring=-1", **files))  # 36 tokens
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices(files):
     """Guidance, the ring and Ulysses at once; printed and written once."""
     with socket.socket() as s:

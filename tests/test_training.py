@@ -59,6 +59,7 @@ def test_state_is_sharded_from_the_start(mesh, run):
         assert leaf.sharding.is_fully_replicated or here == leaf.size / 8
 
 
+@pytest.mark.slow
 def test_overfits_one_sample(mesh, run):
     step, _, host, batch = run
     state = place(host, abstract_state(CONFIG, make_objective(CONFIG)))

@@ -50,6 +50,7 @@ def folder(tmp_path):
     return clips
 
 
+@pytest.mark.slow
 def test_both_ways_give_the_same_samples(folder, tmp_path, monkeypatch, capsys, caplog):
     devices = jax.devices()[:1]  # for eight, two shapes take a minute to compile
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
