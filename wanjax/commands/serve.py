@@ -104,13 +104,12 @@ def run(serving: ServeConfig, config: SampleConfig, with_page: bool) -> None:
         with hold(serving.data, "--data"), bound(serving) as place:
             from wanjax.serving.jobs import Jobs
 
-            jobs = Jobs(serving.data, serving.max_queue)
-            extend = make_extend(config.extend_prompt, config.extend_model) if config.extend_prompt else None
-            config = dataclasses.replace(config, extend_prompt=None)  # requests say whether, the server says by whom
-            worker = Worker(Pipeline(config), jobs, extend, serving.max_kept, warm)
-            check(worker.pipe, serving.warm, serving.max_pixels)
-            listen(place, make_server(serving, config, worker), with_page)
-            jobs.close()
+            with contextlib.closing(Jobs(serving.data, serving.max_queue)) as jobs:
+                extend = make_extend(config.extend_prompt, config.extend_model) if config.extend_prompt else None
+                config = dataclasses.replace(config, extend_prompt=None)  # requests say whether, the server by whom
+                worker = Worker(Pipeline(config), jobs, extend, serving.max_kept, warm)
+                check(worker.pipe, serving.warm, serving.max_pixels)
+                listen(place, make_server(serving, config, worker), with_page)
 
 
 def check_installed(with_page: bool) -> None:
