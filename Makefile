@@ -20,7 +20,7 @@ sample: $(VENV)/.installed  ## the packaged demo model on its own two frames: ou
 	$(BIN)/python sample_jax.py
 
 test: $(VENV)/.installed  ## what needs neither torch nor an accelerator's compiler
-	@echo "Deselected here: slow (sixteen of half a minute and more, run 'make slow'), live (against diffusers, run 'make parity'),"
+	@echo "Deselected here: slow (half a minute and more each, run 'make slow'), live (against diffusers, run 'make parity'),"
 	@echo "aot (compiles for TPUs, run 'make aot'), aot_gpu (compiles for NVIDIA GPUs, run 'make aot-gpu')"
 	@echo "and browser (the page in Chromium, run 'make browser')."
 	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and $(PLAIN)" -k "$(ONLY)"

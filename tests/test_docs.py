@@ -84,6 +84,7 @@ def test_modules_and_members(page):
             except ModuleNotFoundError:
                 continue
             for part in parts[i:]:
+                assert hasattr(found, part), name
                 found = getattr(found, part)
             break
 

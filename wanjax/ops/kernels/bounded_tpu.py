@@ -34,7 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from wanjax.ops.kernels import LOWEST, Forward
-from wanjax.ops.kernels.tiles_tpu import LANES, LOG2E, compiler_params, dot, mask, pipeline, place, scaled
+from wanjax.ops.kernels.tiles_tpu import LANES, LOG2E, compiler_params, dot, forward_cost, mask, pipeline, place, scaled
 
 COLUMNS = 256  # queries of a unit
 NORM_ROWS = 2048  # keys of a block of which the longest is sought
@@ -201,11 +201,7 @@ def forward(
         ),
         out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((b * heads, 1, lq), jnp.float32)],
         compiler_params=compiler_params("parallel"),
-        cost_estimate=pl.CostEstimate(  # for XLA, which lets weights travel behind what it takes to last
-            flops=4 * q.size * lk,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, q)),
-            transcendentals=q.size // width * lk,
-        ),
+        cost_estimate=forward_cost(q, k, v, lk, width),
         interpret=interpret,
         name="flash_forward",
     )(valid, norm, q, k, v)

@@ -29,6 +29,7 @@ from wanjax.ops.kernels.tiles_tpu import (
     columns,
     compiler_params,
     dot,
+    forward_cost,
     mask,
     pad_rows,
     pipeline,
@@ -223,11 +224,7 @@ def running(
         out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((b * heads, 1, lq), jnp.float32)],
         input_output_aliases={5 + i: i for i in range(len(replaced))},
         compiler_params=compiler_params("parallel"),
-        cost_estimate=pl.CostEstimate(  # for XLA, which lets weights travel behind what it takes to last
-            flops=4 * heads * lq * k.shape[1] * width,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, q)),
-            transcendentals=heads * lq * k.shape[1],
-        ),
+        cost_estimate=forward_cost(q, k, v, k.shape[1], width),
         interpret=interpret,
         name="flash_running" if replaced else "flash_forward",
     )(valid, jnp.array(first, jnp.int32), q, k, v, *replaced)

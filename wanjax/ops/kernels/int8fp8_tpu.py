@@ -36,6 +36,7 @@ from wanjax.ops.kernels.tiles_tpu import (
     LOG2E,
     columns,
     compiler_params,
+    forward_cost,
     mask,
     pad_rows,
     pipeline,
@@ -337,11 +338,7 @@ def attend(q, operands: Keys, v, valid, dtype, heads: int, blocks: tuple[int, in
         ),
         out_shape=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct((b * heads, 1, lq), jnp.float32)],
         compiler_params=compiler_params("parallel"),
-        cost_estimate=pl.CostEstimate(  # for XLA, which lets weights travel behind what it takes to last
-            flops=4 * q.size * lk,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, q)),
-            transcendentals=q.size // LANES * lk,
-        ),
+        cost_estimate=forward_cost(q, k, v, lk, LANES),
         interpret=interpret,
         name="int8fp8_forward",
     )(valid, q, k, v, jnp.take(k, places, axis=1), *operands[1:], jnp.asarray(hadamard(), q.dtype))

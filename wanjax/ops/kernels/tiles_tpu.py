@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LOG2E = math.log2(math.e)
@@ -81,6 +82,15 @@ def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """Matrix product over one axis of each, summed in float32."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+
+
+def forward_cost(q: jax.Array, k: jax.Array, v: jax.Array, lk: int, width: int) -> pl.CostEstimate:
+    """Of attention to `lk` keys, heads of `width`; for XLA, which lets weights travel behind what takes long."""
+    return pl.CostEstimate(
+        flops=4 * q.size * lk,
+        bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, q)),
+        transcendentals=q.size // width * lk,
+    )
 
 
 def compiler_params(queries_or_keys: str) -> pltpu.CompilerParams:
